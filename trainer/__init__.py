@@ -1,0 +1,44 @@
+"""A lightweight PyTorch trainer: every model in one file, every run repeatable.
+
+The public names are imported when they are first used, so that ``import trainer`` costs next to nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from trainer.command_line import parse_command_line
+    from trainer.config import ConfigError, TrainerArgs, TrainerConfig, field
+    from trainer.model import TrainerModel
+    from trainer.seeding import seed_everything
+    from trainer.trainer import Trainer
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "ConfigError": "trainer.config",
+    "Trainer": "trainer.trainer",
+    "TrainerArgs": "trainer.config",
+    "TrainerConfig": "trainer.config",
+    "TrainerModel": "trainer.model",
+    "field": "trainer.config",
+    "parse_command_line": "trainer.command_line",
+    "seed_everything": "trainer.seeding",
+}
+
+__all__ = [
+    "ConfigError",
+    "Trainer",
+    "TrainerArgs",
+    "TrainerConfig",
+    "TrainerModel",
+    "field",
+    "parse_command_line",
+    "seed_everything",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'trainer' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,1 @@
+"""Where a training shows itself: the console and dashboards."""

@@ -1,0 +1,88 @@
+"""The interface of a dashboard, with Coqui Trainer's method names."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from trainer.config import TrainerConfig
+
+
+class DashboardLogger:
+    """Writes what a training shows. This one writes nothing; a dashboard overrides the ``add_`` methods.
+
+    Scalars, figures and audio are grouped by where they come from: ``TrainIterStats/loss``, ``EvalAudios/sample``.
+    Audio is a float array [S] in [-1, 1].
+    """
+
+    def add_scalar(self, title: str, value: float, step: int) -> None:
+        """Write one number."""
+
+    def add_figure(self, title: str, figure: "Figure", step: int) -> None:
+        """Write a matplotlib figure."""
+
+    def add_audio(self, title: str, audio: Any, step: int, sample_rate: int) -> None:
+        """Write a waveform [S]; ``sample_rate`` in Hz."""
+
+    def add_text(self, title: str, text: str, step: int) -> None:
+        """Write a text (markdown)."""
+
+    def flush(self) -> None:
+        """Bring everything to where it can be read."""
+
+    def finish(self) -> None:
+        """Flush and close."""
+
+    def add_config(self, config: "TrainerConfig") -> None:
+        """Write the config."""
+        self.add_text("config", f"```json\n{config.to_json()}\n```", 0)
+
+    def add_scalars(self, scope: str, values: Mapping[str, float], step: int) -> None:
+        """Write numbers under ``scope/``."""
+        for name, value in values.items():
+            self.add_scalar(f"{scope}/{name}", value, step)
+
+    def _figures(self, scope: str, figures: Mapping[str, "Figure"], step: int) -> None:
+        for name, figure in figures.items():
+            self.add_figure(f"{scope}/{name}", figure, step)
+
+    def _audios(self, scope: str, audios: Mapping[str, Any], step: int, sample_rate: int) -> None:
+        for name, audio in audios.items():
+            self.add_audio(f"{scope}/{name}", audio, step, sample_rate)
+
+    def train_step_stats(self, step: int, stats: Mapping[str, float]) -> None:
+        """Numbers of one update."""
+        self.add_scalars("TrainIterStats", stats, step)
+
+    def train_epoch_stats(self, step: int, stats: Mapping[str, float]) -> None:
+        """Means over a training epoch."""
+        self.add_scalars("TrainEpochStats", stats, step)
+
+    def train_figures(self, step: int, figures: Mapping[str, "Figure"]) -> None:
+        """Figures of a training batch."""
+        self._figures("TrainFigures", figures, step)
+
+    def train_audios(self, step: int, audios: Mapping[str, Any], sample_rate: int) -> None:
+        """Waveforms of a training batch."""
+        self._audios("TrainAudios", audios, step, sample_rate)
+
+    def eval_stats(self, step: int, stats: Mapping[str, float]) -> None:
+        """Means over an evaluation."""
+        self.add_scalars("EvalStats", stats, step)
+
+    def eval_figures(self, step: int, figures: Mapping[str, "Figure"]) -> None:
+        """Figures of an evaluation batch."""
+        self._figures("EvalFigures", figures, step)
+
+    def eval_audios(self, step: int, audios: Mapping[str, Any], sample_rate: int) -> None:
+        """Waveforms of an evaluation batch."""
+        self._audios("EvalAudios", audios, step, sample_rate)
+
+    def test_figures(self, step: int, figures: Mapping[str, "Figure"]) -> None:
+        """Figures of a test run."""
+        self._figures("TestFigures", figures, step)
+
+    def test_audios(self, step: int, audios: Mapping[str, Any], sample_rate: int) -> None:
+        """Waveforms of a test run."""
+        self._audios("TestAudios", audios, step, sample_rate)

@@ -1,0 +1,161 @@
+"""TrainerModel: what a model file implements."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
+    from torch.utils.data import DataLoader
+
+    from trainer.config import TrainerConfig
+    from trainer.loggers.base import DashboardLogger
+    from trainer.trainer import Trainer
+
+Batch = dict[str, Any]
+Outputs = dict[str, Any] | None
+Losses = dict[str, torch.Tensor] | None
+
+
+def overrides(model: "TrainerModel", name: str) -> bool:
+    """Whether the model's class brings its own ``name``; found by looking, never by catching an exception."""
+    return getattr(type(model), name, None) is not getattr(TrainerModel, name)
+
+
+def check_losses(model: "TrainerModel", method: str, losses: Any) -> None:
+    """Raise a ValueError unless a step returned None or a dict of losses with a tensor ``loss``."""
+    if losses is not None and not (isinstance(losses, dict) and isinstance(losses.get("loss"), torch.Tensor)):
+        found = ", ".join(losses) if isinstance(losses, dict) else type(losses).__name__
+        raise ValueError(f"{type(model).__name__}.{method} returned losses ({found}) without a tensor 'loss'")
+
+
+class TrainerModel(nn.Module):
+    """Base class of every model: what the Trainer calls, and when.
+
+    ``train_step``, ``eval_step``, ``get_criterion`` and ``get_data_loader`` are what a training needs; ``inference`` is
+    what everything that uses the trained model needs. A method that is not there is asked for only when it is called,
+    by an error that names it. The hooks after them are optional.
+    """
+
+    def _missing(self, name: str, signature: str) -> NotImplementedError:
+        return NotImplementedError(
+            f"{type(self).__name__} has no {name}(): define `def {name}({signature})` in its class"
+        )
+
+    # ---- needed for training ----
+
+    def train_step(
+        self, batch: Batch, criterion: nn.Module, optimizer_idx: int | None = None
+    ) -> tuple[Outputs, Losses]:
+        """Forward pass and losses of one batch.
+
+        Args:
+            batch: what the loader gives, on the device. The same dict is handed to every optimizer's pass over this
+                batch, so a pass may leave in it what a later one uses again.
+            criterion: the model's criterion (of this optimizer).
+            optimizer_idx: which optimizer's losses are asked for; not passed when there is one optimizer.
+
+        Returns:
+            outputs (for train_log) and losses. ``losses["loss"]`` is minimised, as a mean over the samples; the others
+            are logged. Losses stay on the device. ``(None, None)`` skips this optimizer in this update.
+        """
+        raise self._missing("train_step", "self, batch, criterion, optimizer_idx=None")
+
+    def eval_step(self, batch: Batch, criterion: nn.Module, optimizer_idx: int | None = None) -> tuple[Outputs, Losses]:
+        """As train_step, in eval mode and without gradients."""
+        raise self._missing("eval_step", "self, batch, criterion, optimizer_idx=None")
+
+    def get_criterion(self) -> nn.Module | list[nn.Module] | None:
+        """The loss, or one for each optimizer."""
+        raise self._missing("get_criterion", "self")
+
+    def get_data_loader(
+        self, config: "TrainerConfig", is_eval: bool, samples: list | None, verbose: bool
+    ) -> "DataLoader":
+        """The loader of the training (or evaluation) samples that the Trainer was given."""
+        raise self._missing("get_data_loader", "self, config, is_eval, samples, verbose")
+
+    # ---- needed to use the model ----
+
+    def inference(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        """From inputs to outputs, as a user of the trained model calls it: a dict of tensors."""
+        raise self._missing("inference", "self, ...")
+
+    # ---- optional: data ----
+
+    def format_batch(self, batch: Any) -> Batch:
+        """Change the loader's batch before it goes to the device."""
+        return batch
+
+    def format_batch_on_device(self, batch: Batch) -> Batch:
+        """Change the batch on the device, for example to compute features there."""
+        return batch
+
+    # ---- optional: optimization; without them the config's optimizer, lr and lr_scheduler are used ----
+
+    def get_optimizer(self) -> "Optimizer | list[Optimizer]":
+        """The optimizer, or the optimizers in the order in which train_step is called for them."""
+        raise self._missing("get_optimizer", "self")
+
+    def get_lr(self) -> float | list[float]:
+        """Initial learning rate for each optimizer that is built from the config."""
+        raise self._missing("get_lr", "self")
+
+    def get_scheduler(self, optimizer: Any) -> "LRScheduler | list[LRScheduler | None] | None":
+        """The scheduler for each optimizer (given as a list); None for an optimizer without one."""
+        raise self._missing("get_scheduler", "self, optimizer")
+
+    # ---- optional: what is shown ----
+
+    def train_log(self, batch: Batch, outputs: dict, logger: "DashboardLogger", steps: int) -> None:
+        """Write figures, audio and the like of a training batch; called every plot_step updates."""
+        raise self._missing("train_log", "self, batch, outputs, logger, steps")
+
+    def eval_log(self, batch: Batch, outputs: dict, logger: "DashboardLogger", steps: int) -> None:
+        """Write figures, audio and the like of the first evaluation batch; called after every evaluation."""
+        raise self._missing("eval_log", "self, batch, outputs, logger, steps")
+
+    def test_run(self, trainer: "Trainer") -> Any:
+        """Try the model as a user would; called after an epoch's evaluation. Its result goes to test_log."""
+        raise self._missing("test_run", "self, trainer")
+
+    def test_log(self, outputs: Any, logger: "DashboardLogger", steps: int) -> None:
+        """Write what test_run returned."""
+        raise self._missing("test_log", "self, outputs, logger, steps")
+
+    # ---- optional: callbacks ----
+
+    def on_init_start(self, trainer: "Trainer") -> None:
+        """The Trainer has its model, data and optimizers, and restores nothing yet."""
+
+    def on_init_end(self, trainer: "Trainer") -> None:
+        """The Trainer is built."""
+
+    def on_epoch_start(self, trainer: "Trainer") -> None:
+        """An epoch (training, evaluation and test) begins."""
+
+    def on_epoch_end(self, trainer: "Trainer") -> None:
+        """An epoch is over."""
+
+    def on_train_epoch_start(self, trainer: "Trainer") -> None:
+        """The training part of an epoch begins."""
+
+    def on_train_epoch_end(self, trainer: "Trainer") -> None:
+        """The training part of an epoch is over."""
+
+    def on_train_step_start(self, trainer: "Trainer") -> None:
+        """An update begins."""
+
+    def on_train_step_end(self, trainer: "Trainer") -> None:
+        """An update is done and counted."""
+
+    def before_backward_pass(self, loss_dict: dict, optimizer: Any) -> None:
+        """A batch's losses are computed; ``optimizer`` is the Trainer's list."""
+
+    def before_gradient_clipping(self) -> None:
+        """An update's gradients are complete and unscaled, not yet clipped."""
+
+    def on_keyboard_interrupt(self, trainer: "Trainer") -> None:
+        """Ctrl-C or SIGTERM arrived; the checkpoint is saved."""
