@@ -2,8 +2,9 @@
 
     python benchmarks/loop.py
 
-Both train the same model on batches that are in memory, on the CPU; processor time is measured, rounds alternate, and
-the ratio of each pair of rounds is taken, so that a machine's changing load hits both alike. Evaluation, checkpoints and dashboards are off.
+Both train the same model on batches that are in memory, on the CPU. Processor time is measured, rounds alternate, and
+the ratio of each pair of rounds is taken, so that a machine's changing load hits both alike. Evaluation, checkpoints
+and dashboards are off.
 """
 
 import argparse
@@ -16,10 +17,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
+import torch
+from torch import nn
 
-from trainer import Trainer, TrainerArgs, TrainerConfig, TrainerModel  # noqa: E402
+from trainer import Trainer, TrainerArgs, TrainerConfig, TrainerModel
 
 LOSSES = 5  # a model like VITS logs about as many
 

@@ -1,0 +1,50 @@
+"""What the README shows is run."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf8")
+
+
+def test_the_python_blocks_run_one_after_the_other(tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert len(blocks) == 2
+    # y = 2 x + 1 is what the samples say
+    check = "\nprint('weight', model.layer.weight.item(), 'bias', model.layer.bias.item())"
+    script = "\n".join(blocks).replace("model=Line()", "model=(model := Line())") + check
+    result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    weight, bias = re.search(r"weight (\S+) bias (\S+)", result.stdout).groups()
+    assert float(weight) == pytest.approx(2, abs=0.1)
+    assert float(bias) == pytest.approx(1, abs=0.1)
+
+
+def test_files_and_pictures_that_it_links_to_are_there():
+    links = re.findall(r"\]\(([^)#:]+)\)", README)
+    assert len(links) >= 5
+    missing = [link for link in links if not (ROOT / link).is_file()]
+    assert not missing
+
+
+def test_make_targets_that_it_names_are_there():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf8")
+    for target in re.findall(r"^ {4}make (\w+)$", README, flags=re.MULTILINE):
+        assert re.search(rf"^{target}:.*## ", makefile, flags=re.MULTILINE), target
+    for target in ("install", "train", "test", "lint", "bench", "clean"):
+        assert re.search(rf"^{target}:.*## ", makefile, flags=re.MULTILINE), target
+
+
+@pytest.mark.parametrize("command", re.findall(r"\.venv/bin/python (recipes/\S+)(.*)", README))
+def test_recipe_commands_are_understood(command):
+    """The flags of each command parse; ``--help`` ends it before anything is trained."""
+    script, arguments = command
+    flags = [flag for flag in arguments.split() if not flag.startswith(("output/", "--continue_path"))]
+    result = subprocess.run(
+        [sys.executable, str(ROOT / script), *flags, "--help"], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
