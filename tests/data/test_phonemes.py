@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer.data import espeak, phonemes
-from trainer.data.phonemes import PhonemeCache, cache_folder, phonemes_available, phonemize, run_espeak
+from trainer.data import cache_folder, espeak, phonemes
+from trainer.data.phonemes import PhonemeCache, phonemes_available, phonemize, run_espeak
 
 needs_phonemes = pytest.mark.skipif(not phonemes_available(), reason="the extra 'phonemes' is not installed")
 REPOSITORY = Path(__file__).parents[2]

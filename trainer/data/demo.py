@@ -11,7 +11,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from trainer.data.phonemes import cache_folder, phonemes_available, run_espeak
+from trainer.data import cache_folder
+from trainer.data.phonemes import phonemes_available, run_espeak
 
 _VOICE = "en-us"
 _FORMAT = 1  # part of the folder's name: raise it when espeak.py speaks otherwise

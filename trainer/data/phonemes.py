@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from trainer.data import cache_folder
+
 logger = logging.getLogger("trainer")
 
 _CHILD = Path(__file__).with_name("espeak.py")
@@ -28,11 +30,6 @@ _PATIENCE_S = 120.0  # for the child to start; a sentence takes 0.2 ms
 def phonemes_available() -> bool:
     """Tell whether the extra `phonemes` is installed, without importing any of it."""
     return all(importlib.util.find_spec(name) is not None for name in ("phonemizer", "espeakng_loader"))
-
-
-def cache_folder() -> Path:
-    """The folder for what can be made again: `$XDG_CACHE_HOME` or `~/.cache`, then `onefile-trainer`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onefile-trainer"
 
 
 def phonemize(texts: Iterable[str], voice: str = "en-us") -> list[str]:
