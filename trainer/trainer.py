@@ -134,11 +134,11 @@ class Trainer:
         batches = self.train_epoch()
         if self._signals.received is not None:
             return
-        if self.config.run_eval:
+        if self.config.run_eval and self._evaluation_is_due():
             self._evaluate_and_keep_best()
-        else:
+        elif not self.config.run_eval:
             self._keep_best(self.keep_avg_train.means)
-        if self.epochs_done >= self.config.test_delay_epochs:
+        if self.epochs_done >= self.config.test_delay_epochs and self._evaluation_is_due():
             self.test()
         if self._signals.received is None and self.batches_done == batches:
             self.callbacks("on_epoch_end", self)
@@ -148,6 +148,10 @@ class Trainer:
             self.batches_done = 0
             self.stepped_optimizers.clear()
             self.keep_avg_train = Averages()
+
+    def _evaluation_is_due(self) -> bool:
+        epoch = self.epochs_done + 1
+        return epoch % self.config.run_eval_epochs == 0 or epoch == self.config.epochs or self._finished()
 
     def train_epoch(self) -> int:
         """Train on the batches of this epoch that are not done yet; returns how many batches the epoch has."""
@@ -296,8 +300,7 @@ class Trainer:
         self.best_loss = loss
         self.c_logger.print(f"best model so far: {self.config.target_loss or 'loss'} {loss:.5g}")
         if self.config.save_checkpoints:
-            for name in ["best_model.pth"] + [f"best_model_{self.total_steps_done}.pth"] * self.config.save_all_best:
-                checkpoints.save_checkpoint(checkpoints.state_of(self), self.output_path / name)
+            checkpoints.save_best(self)
 
     @torch.inference_mode()
     def test(self) -> None:
@@ -393,8 +396,5 @@ class Trainer:
 
     def save_checkpoint(self) -> None:
         """Save checkpoint_<step>.pth and delete the oldest beyond save_n_checkpoints."""
-        path = self.output_path / f"checkpoint_{self.total_steps_done}.pth"
-        checkpoints.save_checkpoint(checkpoints.state_of(self), path)
-        checkpoints.remove_old_checkpoints(self.output_path, keep=self.config.save_n_checkpoints)
-        self.c_logger.print(f"saved {path}")
+        self.c_logger.print(f"saved {checkpoints.save_step(self)}")
         self._clock.restart()

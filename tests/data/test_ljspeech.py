@@ -132,8 +132,8 @@ def named(count: int) -> list[SpeechSample]:
         (13_100, (12_500, 100, 500)),  # the authors' sizes
         (20_000, (19_400, 100, 500)),
         (1_310, (1_250, 10, 50)),
-        (262, (250, 2, 10)),
-        (24, (22, 1, 1)),
+        (262, (248, 4, 10)),  # in proportion 2 to evaluate: four, for the mean to say something
+        (24, (20, 2, 2)),  # four would be more than a tenth
         (3, (1, 1, 1)),
     ],
 )
@@ -159,7 +159,8 @@ def test_the_split_depends_on_names_and_seed_alone():
 def test_the_split_is_pinned():
     """Seen once and written down: another split would put clips that a model was trained on into its test."""
     _, evaluation, test = split_ljspeech(named(40), seed=54321)
-    assert [sample.name for sample in evaluation + test] == ["LJ000-0018", "LJ000-0001", "LJ000-0026"]
+    assert [sample.name[-2:] for sample in evaluation] == ["01", "08", "18", "26"]
+    assert [sample.name[-2:] for sample in test] == ["00", "02", "11", "12"]
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])

@@ -121,8 +121,8 @@ def test_the_limits_themselves_are_kept(tmp_path, build):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"min_seconds": 9}, r"all 2 samples \(2 shorter than 9 s, .*last 0.50 to 1.00 s.*change min_seconds=9$"),
-        ({"max_seconds": 0.2}, r"2 longer than 0.2 s, .*change max_seconds=0.2$"),
+        ({"min_seconds": 9}, r"all 2 samples \(2 shorter than 9 s\): clips last 0.50 to 1.00 s.*change min_seconds=9$"),
+        ({"max_seconds": 0.2}, r"2 longer than 0.2 s\): .*change max_seconds=0.2$"),
         ({"max_tokens": 2}, r"2 with more than 2 tokens.* 3 to 5 tokens; change max_tokens=2$"),
         ({"max_tokens": 4, "max_seconds": 0.7}, r"change max_seconds=0.7 or max_tokens=4$"),
     ],

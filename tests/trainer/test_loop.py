@@ -371,6 +371,23 @@ def test_run_eval_steps_and_test_delay():
     assert tests == [6]
 
 
+def test_run_eval_epochs_evaluates_and_tests_every_nth_and_the_last():
+    evals, tests = [], []
+
+    class Noting(Toy):
+        def eval_log(self, batch, outputs, logger, steps):
+            evals.append(steps)
+
+        def test_run(self, trainer):
+            tests.append(trainer.total_steps_done)
+
+    build(Noting, run_eval_epochs=2, epochs=5).fit()
+    assert evals == tests == [6, 12, 15]
+    evals.clear()
+    build(Noting, run_eval_epochs=2, max_steps=9).fit()
+    assert evals == [6, 9]
+
+
 def test_callbacks_in_order():
     calls = []
 

@@ -119,7 +119,8 @@ def split_ljspeech(
     """Splits the samples as the VITS authors did: of 13,100 clips 12,500 to train, 100 to evaluate, 500 to test.
 
     Which clip goes where depends on its name and the seed, not on the order of the samples. A smaller set is split
-    in proportion, a larger one keeps the 100 and 500.
+    in proportion, but for evaluation and test it gives four samples each where these are at most a tenth, so that
+    the evaluation of a small set is not that of one clip. A larger set keeps the 100 and 500.
 
     Args:
         samples: three or more, with names that differ.
@@ -140,8 +141,9 @@ def split_ljspeech(
     key = str(seed).encode()
     shuffled = sorted(samples, key=lambda sample: hashlib.blake2b(sample.name.encode(), key=key).digest())
     share = min(1.0, len(samples) / ALL_CLIPS)
-    evals = max(1, round(EVAL_CLIPS * share))
-    tests = max(1, round(TEST_CLIPS * share))
+    least = max(1, min(4, len(samples) // 10))
+    evals = max(least, round(EVAL_CLIPS * share))
+    tests = max(least, round(TEST_CLIPS * share))
     parts = shuffled[evals + tests :], shuffled[:evals], shuffled[evals : evals + tests]
     train, evaluation, test = (sorted(part, key=lambda sample: sample.name) for part in parts)
     return train, evaluation, test

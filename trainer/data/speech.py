@@ -256,10 +256,15 @@ class _Cuts:
         return kept, report
 
     def describe(self, report: dict[str, int]) -> str:
-        return (
-            f"{report['too_short']} shorter than {self.min_seconds:g} s, {report['too_long']} longer than "
-            f"{self.max_seconds:g} s, {report['too_many_tokens']} with more than {self.max_tokens or math.inf} tokens"
-        )
+        """What was dropped by the cut-offs that are set."""
+        cuts = []
+        if self.min_seconds > 0:
+            cuts.append(f"{report['too_short']} shorter than {self.min_seconds:g} s")
+        if self.max_seconds < math.inf:
+            cuts.append(f"{report['too_long']} longer than {self.max_seconds:g} s")
+        if self.max_tokens is not None:
+            cuts.append(f"{report['too_many_tokens']} with more than {self.max_tokens} tokens")
+        return ", ".join(cuts) or "none"
 
     def remedy(self, report: dict[str, int]) -> str:
         settings = {
