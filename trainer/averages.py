@@ -7,8 +7,14 @@ import torch
 
 
 def named(losses: Mapping[str, torch.Tensor], suffix: str) -> dict[str, torch.Tensor]:
-    """The scalar tensors of a model's losses; with several optimizers ``loss`` is ``loss_0`` and so on."""
-    values = {name: value for name, value in losses.items() if isinstance(value, torch.Tensor)}
+    """A model's losses that are numbers, on the device of ``loss``; of several optimizers it is named ``loss_0`` ..."""
+    device = losses["loss"].device
+    values = {}
+    for name, value in losses.items():
+        if isinstance(value, torch.Tensor):
+            values[name] = value.detach().to(device, non_blocking=True)
+        elif isinstance(value, int | float):
+            values[name] = torch.full((), float(value), device=device)  # a tensor made there: nothing waits for a copy
     return {(name + suffix if name == "loss" else name): value for name, value in values.items()}
 
 

@@ -2,6 +2,7 @@
 
 import datetime
 import os
+import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,22 @@ def state_of(trainer: "Trainer") -> dict[str, Any]:
         "rng": {"0": capture_rng_state()},
         "date": f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}",
     }
+
+
+def save_step(trainer: "Trainer") -> Path:
+    """Save ``checkpoint_<step>.pth`` in the run's folder, then delete the oldest beyond ``save_n_checkpoints``."""
+    path = trainer.output_path / f"checkpoint_{trainer.total_steps_done}.pth"
+    save_checkpoint(state_of(trainer), path)
+    remove_old_checkpoints(trainer.output_path, keep=trainer.config.save_n_checkpoints)
+    return path
+
+
+def save_best(trainer: "Trainer") -> None:
+    """Save ``best_model.pth``, and with ``save_all_best`` a copy that stays, ``best_model_<step>.pth``."""
+    state = state_of(trainer)
+    save_checkpoint(state, trainer.output_path / "best_model.pth")
+    if trainer.config.save_all_best:
+        save_checkpoint(state, trainer.output_path / f"best_model_{trainer.total_steps_done}.pth")
 
 
 def restore(trainer: "Trainer", source: str | Path, whole: bool) -> None:
@@ -95,9 +112,20 @@ def write_file(path: Path, write: Callable[[BinaryIO], None]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        _sync_folder(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable: its entry in the folder is written apart from the file. Windows has no such call."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def save_checkpoint(state: dict[str, Any], path: Path) -> None:
@@ -110,15 +138,28 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no checkpoint, or of a newer format.
+        ValueError: the file is damaged, would execute code, is no checkpoint, or of a newer format.
     """
     with fsspec.open(str(path), "rb") as file:
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        state = _read_state(file, path)
     if not isinstance(state, dict) or "model" not in state:
         raise ValueError(f"{path}: holds no model; give a checkpoint that the Trainer wrote")
-    if state.get("format", 0) > FORMAT_VERSION:
+    version = state.get("format", 0)
+    if isinstance(version, int) and version > FORMAT_VERSION:
         raise ValueError(f"{path}: has format {state['format']}, this Trainer reads up to {FORMAT_VERSION}; upgrade it")
     return state
+
+
+def _read_state(file: BinaryIO | Path, path: str | Path, **options: Any) -> Any:
+    """What torch.load reads, with one error for all the ways in which it fails."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, **options)
+    except pickle.UnpicklingError as error:
+        reason = "holds more than tensors and plain values, which could execute code, or is damaged"
+        raise ValueError(f"{path}: {reason} ({str(error).splitlines()[0]})") from error
+    # torch lets whatever its readers stumble over through: of zip files, of pickles cut off in the middle
+    except (RuntimeError, EOFError, OSError, LookupError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path}: damaged, or no checkpoint ({type(error).__name__}: {error})") from error
 
 
 def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
@@ -137,7 +178,7 @@ def newest_checkpoint(folder: Path) -> Path:
     best = folder / "best_model.pth"
     if best.is_file():
         # mapped, so that only the step is read of what may be gigabytes
-        step = torch.load(best, map_location="cpu", weights_only=True, mmap=True)["step"]
+        step = _read_state(best, best, mmap=True)["step"]
         checkpoints = sorted([(step, best), *checkpoints], key=lambda entry: entry[0])
     if not checkpoints:
         raise FileNotFoundError(f"{folder}: holds no checkpoint_<step>.pth and no best_model.pth to continue from")

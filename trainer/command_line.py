@@ -14,7 +14,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.config import CheckedConfig, ConfigError, TrainerArgs, find_problems, is_union, matches, nearest, type_name
+from trainer.config import (
+    CheckedConfig,
+    ConfigError,
+    TrainerArgs,
+    convert,
+    element_types,
+    find_problems,
+    is_union,
+    matches,
+    nearest,
+    type_name,
+)
 
 PREFIX = "coqpit."
 
@@ -43,15 +54,15 @@ def parse_command_line(
     """
     args = TrainerArgs() if args is None else args
     parser = _full_parser(parser, args, config)
-    namespace, rest = parser.parse_known_args(sys.argv[1:] if argv is None else list(argv))
+    words, dotted, problems = _take_dotted(sys.argv[1:] if argv is None else argv, config)
+    namespace, rest = parser.parse_known_args(words)
     paths = {path for path, *_ in [*_walk(args, ""), *_walk(config, PREFIX)]}
     given = {name: text for name, text in vars(namespace).items() if name in paths}
     flags = argparse.Namespace(**{k: v for k, v in vars(namespace).items() if k not in given})
     overrides = {k: given.pop(k) for k in list(given) if k.startswith(PREFIX)}
-    problems = _apply(args, "", given)
+    problems += _unknown(rest, parser) + _apply(args, "", given)
     problems += _load_run_config(config, args.continue_path)
-    problems += _take_dotted(rest, overrides, config, parser)
-    problems += _apply(config, PREFIX, overrides)
+    problems += _apply(config, PREFIX, {**overrides, **dotted})
     problems += find_problems(args, "--") + find_problems(config, "--" + PREFIX)
     if not problems:
         try:
@@ -93,10 +104,12 @@ def _walk(config: Any, prefix: str) -> typing.Iterator[tuple[str, Any, Any, data
     hints = typing.get_type_hints(type(config))
     for entry in dataclasses.fields(config):
         value = getattr(config, entry.name)
-        if dataclasses.is_dataclass(value):
-            yield from _walk(value, f"{prefix}{entry.name}.")
-        else:
+        nested = dataclasses.is_dataclass(value)
+        # what may be another nested config, or none, can be given whole as well
+        if not nested or is_union(hints[entry.name]):
             yield prefix + entry.name, value, hints[entry.name], entry
+        if nested:
+            yield from _walk(value, f"{prefix}{entry.name}.")
 
 
 def _add_flags(group: Any, config: Any, prefix: str) -> None:
@@ -108,29 +121,40 @@ def _add_flags(group: Any, config: Any, prefix: str) -> None:
         text = f"{entry.metadata.get('help', '')}{among}{unit} (default: {shown})".strip().replace("%", "%%")
         # a bool alone means true; values stay text here, so that all that is wrong is told at once
         alone = {"nargs": "?", "const": "true"} if annotation is bool else {}
-        kind = type_name(annotation).upper()
+        kind = type_name(annotation)
+        kind = kind if "'" in kind else kind.upper()  # the words of a Literal are shown as they must be written
         group.add_argument(f"--{path}", dest=path, default=argparse.SUPPRESS, metavar=kind, help=text, **alone)
 
 
-def _take_dotted(rest: list[str], overrides: dict, config: Any, parser: argparse.ArgumentParser) -> list[str]:
-    """Move `--coqpit.field.key value` (into a dict or list) from ``rest`` to ``overrides``; the others are problems."""
-    problems = []
-    fields = {path: value for path, value, *_ in _walk(config, PREFIX)}
-    known = sorted(option for action in parser._actions for option in action.option_strings)
-    words = list(rest)
+def _take_dotted(argv: Sequence[str], config: Any) -> tuple[list[str], dict[str, str], list[str]]:
+    """Split argv into what argparse reads, every `--coqpit.field.key value` (into a dict or list), and problems.
+
+    Argparse does not know the latter flags: it would take their values for positional arguments of the script.
+    """
+    fields = {path for path, *_ in _walk(config, PREFIX)}
+    words, rest, dotted, problems = list(argv), [], {}, []
     while words:
         word = words.pop(0)
         name, equals, value = word.partition("=")
         path = name.removeprefix("--")
-        owner = path.rpartition(".")[0]
-        while owner and owner not in fields:
-            owner = owner.rpartition(".")[0]
-        if name.startswith("--") and owner and isinstance(fields[owner], dict | list):
-            if not equals and not (words and not words[0].startswith("--")):
-                problems.append(f"{name}: needs a value")
-            else:
-                overrides[path] = value if equals else words.pop(0)
-            continue
+        inside = name.startswith("--") and any(path.startswith(field + ".") for field in fields - {path})
+        if not inside or path in fields:
+            rest.append(word)
+        elif equals:
+            dotted[path] = value
+        elif words and not words[0].startswith("--"):
+            dotted[path] = words.pop(0)
+        else:
+            problems.append(f"{name}: needs a value")
+    return rest, dotted, problems
+
+
+def _unknown(rest: list[str], parser: argparse.ArgumentParser) -> list[str]:
+    """What to say of the words that argparse did not know."""
+    known = sorted(option for action in parser._actions for option in action.option_strings)
+    words, problems = list(rest), []
+    while words:
+        name, equals, _ = words.pop(0).partition("=")
         problems.append(f"{name}: unknown argument{nearest(name, known)}")
         if not equals and name.startswith("--") and words and not words[0].startswith("--"):
             words.pop(0)  # the unknown flag's value
@@ -138,42 +162,52 @@ def _take_dotted(rest: list[str], overrides: dict, config: Any, parser: argparse
 
 
 def _apply(config: Any, prefix: str, overrides: dict[str, str]) -> list[str]:
-    """Set the fields that ``overrides`` (dotted path to text) names; returns what could not be read."""
+    """Set what ``overrides`` (dotted path to text) names; returns what could not be set."""
     problems = []
-    annotations = {path: annotation for path, _, annotation, _ in _walk(config, prefix)}
     for path, text in overrides.items():
         *parents, name = path.removeprefix(prefix).split(".")
-        owner, annotation, here = config, None, prefix.rstrip(".")
-        for i, parent in enumerate(parents):
-            here = f"{here}.{parent}".lstrip(".")
-            annotation = annotations.get(here, annotation)
-            owner = _item(owner, parent)
-            if owner is None:
-                problems.append(f"--{path}: there is no {'.'.join(parents[: i + 1])}")
-                break
-        else:
-            annotation = annotations.get(path, Any)
-            try:
-                _set(owner, name, parse_value(text, annotation))
-            except (ValueError, IndexError) as error:
-                problems.append(f"--{path}={text!r}: {error}")
+        owner, annotation = config, type(config)
+        try:
+            for parent in parents:
+                annotation = _type_at(owner, annotation, parent)
+                owner = _item(owner, parent)
+            _set(owner, name, parse_value(text, _type_at(owner, annotation, name)))
+        except ValueError as error:
+            problems.append(f"--{path}={text!r}: {error}")
     return problems
 
 
-def _item(owner: Any, key: str) -> Any:
+def _type_at(owner: Any, annotation: Any, key: str) -> Any:
+    """The annotation of an item of a config, dict or list, which is itself annotated so."""
+    if dataclasses.is_dataclass(owner):
+        known = [entry.name for entry in dataclasses.fields(owner)]
+        if key not in known:
+            raise ValueError(f"{type(owner).__name__} has no field {key!r}{nearest(key, known)}")
+        return typing.get_type_hints(type(owner))[key]
+    options = typing.get_args(annotation) if is_union(annotation) else (annotation,)
+    arguments = next((typing.get_args(option) for option in options if matches(owner, option)), ())
     if isinstance(owner, dict):
-        return owner.get(key)
-    if isinstance(owner, list):
-        return owner[int(key)] if key.isdigit() and int(key) < len(owner) else None
-    return getattr(owner, key, None)
+        return arguments[1] if arguments else Any
+    if not isinstance(owner, list):
+        raise ValueError(f"{owner!r} has no items that could be set: give all of it")
+    if not key.isdigit() or int(key) > len(owner):
+        raise ValueError(f"the list has {len(owner)} items; give an index from 0 to {len(owner)} (which appends)")
+    return arguments[0] if arguments else Any
+
+
+def _item(owner: Any, key: str) -> Any:
+    if dataclasses.is_dataclass(owner):
+        return getattr(owner, key)
+    items = owner if isinstance(owner, dict) else {str(i): item for i, item in enumerate(owner)}
+    if key not in items:
+        raise ValueError(f"there is no {key!r}; there are {', '.join(map(repr, items)) or 'no items'}")
+    return items[key]
 
 
 def _set(owner: Any, key: str, value: Any) -> None:
     if isinstance(owner, dict):
         owner[key] = value
     elif isinstance(owner, list):
-        if not key.isdigit() or int(key) > len(owner):
-            raise IndexError(f"the list has {len(owner)} items; give an index from 0 to {len(owner)} (which appends)")
         owner[int(key) : int(key) + 1] = [value]
     else:
         setattr(owner, key, value)
@@ -182,7 +216,8 @@ def _set(owner: Any, key: str, value: Any) -> None:
 def parse_value(text: str, annotation: Any) -> Any:
     """A command line's text as the annotated type.
 
-    ``none`` is None where None is allowed; lists are JSON (``[1, 2]``) or comma separated (``1,2``); dicts are JSON.
+    ``none`` is None where None is allowed; lists are JSON (``[1, 2]``) or comma separated (``1,2``); dicts and nested
+    configs are JSON.
 
     Raises:
         ValueError: the text is no such value.
@@ -192,23 +227,28 @@ def parse_value(text: str, annotation: Any) -> Any:
 
     # "3" is an int before it is a str; "X" is a str before it is a list of one
     def rank(option: Any) -> int:
-        is_list = typing.get_origin(option) in (list, tuple)
-        return (0 if listlike else 3) if is_list else 2 if option is str else 1
+        if (typing.get_origin(option) or option) in (list, tuple, set):
+            return 0 if listlike else 3
+        return 2 if option in (str, Path, Any) else 1
 
+    problems: list[str] = []
     for option in sorted(options, key=rank):
-        value = _parse_as(text, option)
+        value = _parse_as(text, option, problems)
         if value is not _NO_VALUE and matches(value, option):
             return value
-    raise ValueError(f"must be {type_name(annotation)}")
+    raise ValueError("; ".join([f"must be {type_name(annotation)}", *problems]))
 
 
 _NO_VALUE = object()
 _WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+_PYTHON_WORDS = {"none": None, "true": True, "false": False}
 
 
-def _parse_as(text: str, annotation: Any) -> Any:
-    if annotation is str:
-        return text
+def _parse_as(text: str, annotation: Any, problems: list[str]) -> Any:
+    if annotation in (str, Path):
+        return annotation(text)
+    if annotation is Any:
+        return _guess(text)
     if annotation is type(None):
         return None if text.lower() in ("none", "null", "") else _NO_VALUE
     if annotation is bool:
@@ -218,12 +258,30 @@ def _parse_as(text: str, annotation: Any) -> Any:
             return annotation(text)
         except ValueError:
             return _NO_VALUE
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin in (list, tuple) and not text.startswith("["):
-        parts = [_parse_as(part.strip(), arguments[0]) for part in text.split(",") if part.strip()]
-        return _NO_VALUE if _NO_VALUE in parts else origin(parts)
+    kind = typing.get_origin(annotation) or annotation
+    if kind is typing.Literal:
+        return next((a for a in typing.get_args(annotation) if str(a) == text), _NO_VALUE)
+    if kind in (list, tuple, set) and not text.startswith("["):
+        parts = [part.strip() for part in text.split(",") if part.strip()]
+        values = [_parse_as(part, k, problems) for part, k in zip(parts, element_types(annotation, len(parts)))]
+        return _NO_VALUE if _NO_VALUE in values or len(values) < len(parts) else kind(values)
     try:
-        value = json.loads(text)
+        data = json.loads(text)
     except json.JSONDecodeError:
-        return text if annotation is Any else _NO_VALUE
-    return tuple(value) if origin is tuple and isinstance(value, list) else value
+        return _NO_VALUE
+    found: list[str] = []
+    value = convert(data, annotation, "", found)
+    problems += [problem.lstrip(".") for problem in found]
+    return _NO_VALUE if found else value
+
+
+def _guess(text: str) -> Any:
+    """What a person would take the text for, where anything is allowed: ``.5`` and ``None`` are no strings."""
+    if text.lower() in _PYTHON_WORDS:
+        return _PYTHON_WORDS[text.lower()]
+    for read in (json.loads, float):
+        try:
+            return read(text)
+        except ValueError:
+            continue
+    return text

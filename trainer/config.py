@@ -4,9 +4,11 @@ Coqpit checks nothing by itself: it ignores unknown JSON keys, turns 3.7 into 3 
 walk over the dataclass fields collects every problem, with its dotted path, before anything is changed.
 """
 
+import copy
 import dataclasses
 import difflib
 import json
+import re
 import types
 import typing
 from dataclasses import dataclass
@@ -44,9 +46,7 @@ def field(
         choices: the allowed values.
     """
     metadata = {"help": help, "unit": unit, "min": min, "max": max, "choices": choices}
-    if isinstance(default, list | dict | set | Coqpit):
-        import copy
-
+    if isinstance(default, list | dict | set) or dataclasses.is_dataclass(default):
         return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -57,13 +57,15 @@ def type_name(annotation: Any) -> str:
         return "none"
     if annotation is Any:
         return "any"
+    if annotation is Ellipsis:
+        return "..."
     if is_union(annotation):
         return " | ".join(type_name(a) for a in typing.get_args(annotation))
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Literal:
         return " | ".join(repr(a) for a in arguments)
-    if origin is None:
-        return getattr(annotation, "__name__", str(annotation))
+    if not arguments:
+        return getattr(origin or annotation, "__name__", str(annotation))
     return f"{origin.__name__}[{', '.join(type_name(a) for a in arguments)}]"
 
 
@@ -86,17 +88,24 @@ def matches(value: Any, annotation: Any) -> bool:
         return False
     if annotation is float:
         return isinstance(value, int | float)
-    if origin in (list, set):
-        return isinstance(value, origin) and all(matches(v, arguments[0]) for v in value)
-    if origin is tuple:
-        kinds = arguments[:1] * len(value) if arguments[-1:] == (Ellipsis,) else arguments
-        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(matches, value, kinds))
+    if origin in (list, set, tuple):
+        if not isinstance(value, origin):
+            return False
+        kinds = element_types(annotation, len(value))
+        return len(kinds) == len(value) and all(map(matches, value, kinds))
     if origin is dict:
-        return isinstance(value, dict) and all(
-            matches(k, arguments[0]) and matches(v, arguments[1]) for k, v in value.items()
-        )
+        keys, values = arguments or (Any, Any)
+        return isinstance(value, dict) and all(matches(k, keys) and matches(v, values) for k, v in value.items())
     # An annotation that is no plain type (a TypeVar, a Protocol) cannot be checked here: the user's code will.
     return isinstance(value, origin or annotation) if isinstance(origin or annotation, type) else True
+
+
+def element_types(annotation: Any, size: int) -> list[Any]:
+    """The annotation of each of ``size`` elements of a list, set or tuple; ``tuple[int, str]`` always has two."""
+    arguments = typing.get_args(annotation) or (Any,)
+    if typing.get_origin(annotation) is tuple and typing.get_args(annotation) and arguments[-1] is not Ellipsis:
+        return list(arguments)
+    return [arguments[0]] * size
 
 
 def find_problems(config: Any, prefix: str = "") -> list[str]:
@@ -105,16 +114,22 @@ def find_problems(config: Any, prefix: str = "") -> list[str]:
     hints = typing.get_type_hints(type(config))
     for entry in dataclasses.fields(config):
         value, path = getattr(config, entry.name), prefix + entry.name
-        if dataclasses.is_dataclass(value):
-            problems += find_problems(value, path + ".")
-        elif not matches(value, hints[entry.name]):
-            problems.append(f"{path}={value!r} ({type(value).__name__}): must be {type_name(hints[entry.name])}")
-        else:
-            problems += _range_problems(path, value, entry.metadata)
-        for i, element in enumerate(value if isinstance(value, list | tuple) else ()):
-            if dataclasses.is_dataclass(element):
-                problems += find_problems(element, f"{path}.{i}.")
+        if not matches(value, hints[entry.name]):
+            problems.append(_type_problem(path, value, hints[entry.name]))
+            continue
+        problems += _range_problems(path, value, entry.metadata)
+        elements = (
+            value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, list | tuple) else ())
+        )
+        nested = [(path, value), *((f"{path}.{key}", element) for key, element in elements)]
+        for at, element in nested:
+            if dataclasses.is_dataclass(element) and not isinstance(element, type):
+                problems += find_problems(element, at + ".")
     return problems
+
+
+def _type_problem(path: str, value: Any, annotation: Any) -> str:
+    return f"{path}={value!r} ({type(value).__name__}): must be {type_name(annotation)}"
 
 
 def _range_problems(path: str, value: Any, metadata: Any) -> list[str]:
@@ -128,6 +143,8 @@ def _range_problems(path: str, value: Any, metadata: Any) -> list[str]:
             near = difflib.get_close_matches(str(v), [str(c) for c in choices], n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             problems.append(f"{path}={v!r}: must be one of {', '.join(map(repr, choices))}{hint}")
+        if not isinstance(v, int | float):  # the range is for the numbers of a field that also takes a word
+            continue
         # `not (low <= v)` also refuses NaN
         if low is not None and not low <= v:
             problems.append(f"{path}={v!r}: must be at least {low}{unit}")
@@ -143,36 +160,97 @@ def nearest(name: str, known: typing.Iterable[str]) -> str:
 
 
 def convert(value: Any, annotation: Any, path: str, problems: list[str]) -> Any:
-    """A JSON value as the annotated type: dicts become nested configs, lists tuples, ints floats."""
+    """A JSON value as the annotated type: dicts become nested configs, lists tuples, ints floats, strings paths.
+
+    What is wrong inside is added to ``problems``; what is of another type altogether comes back as it is.
+    """
     if is_union(annotation):
-        options = typing.get_args(annotation)
-        fitting = [a for a in options if matches(value, a)]
-        nested = [a for a in options if dataclasses.is_dataclass(a) and isinstance(value, dict)]
-        return convert(value, (nested or fitting or [Any])[0], path, problems)
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+        return _convert_to_one_of(value, typing.get_args(annotation), path, problems)
+    arguments = typing.get_args(annotation)
+    kind = typing.get_origin(annotation) or annotation
     if dataclasses.is_dataclass(annotation) and isinstance(value, dict):
-        return annotation(**_converted_fields(annotation, value, path + ".", problems))
-    if origin in (list, tuple) and isinstance(value, list) and arguments:
-        return origin(convert(v, arguments[0], f"{path}.{i}", problems) for i, v in enumerate(value))
+        return _build_nested(annotation, value, path, problems)
+    if kind in (list, tuple, set) and isinstance(value, list):
+        kinds = element_types(annotation, len(value))
+        if len(kinds) != len(value):
+            return value
+        return kind([convert(v, k, f"{path}.{i}", problems) for i, (v, k) in enumerate(zip(value, kinds))])
+    if kind is dict and isinstance(value, dict) and arguments:
+        # JSON's keys are strings
+        read = int if arguments[0] is int and all(re.fullmatch(r"-?\d+", str(k)) for k in value) else lambda k: k
+        return {read(k): convert(v, arguments[1], f"{path}.{k}", problems) for k, v in value.items()}
     if annotation is float and matches(value, int):
         return float(value)
+    if annotation is Path and isinstance(value, str):
+        return Path(value)
     return value
+
+
+def _convert_to_one_of(value: Any, options: tuple, path: str, problems: list[str]) -> Any:
+    # what fits as it is comes before what fits after a conversion
+    for option in sorted(options, key=lambda option: not matches(value, option)):
+        found: list[str] = []
+        converted = convert(value, option, path, found)
+        if not found and matches(converted, option):
+            return converted
+    meant = [
+        o
+        for o in options
+        if type(value) is typing.get_origin(o) or (dataclasses.is_dataclass(o) and isinstance(value, dict))
+    ]
+    return convert(value, meant[0], path, problems) if meant else value
+
+
+def _build_nested(cls: Any, data: dict, path: str, problems: list[str]) -> Any:
+    before = len(problems)
+    values = _converted_fields(cls, data, path + ".", problems)
+    for entry in dataclasses.fields(cls):
+        has_default = (entry.default, entry.default_factory) != (dataclasses.MISSING, dataclasses.MISSING)
+        if entry.init and not has_default and entry.name not in data:
+            problems.append(f"{path}.{entry.name}: is missing")
+    if len(problems) > before:
+        return data
+    try:
+        return cls(**values)
+    except ConfigError as error:
+        problems += [f"{path}.{problem}" for problem in error.problems]
+    except ValueError as error:  # the nested config's own check_values
+        problems.append(f"{path}: {error}")
+    return data
 
 
 def _converted_fields(cls: Any, data: dict, prefix: str, problems: list[str]) -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
-    known = [entry.name for entry in dataclasses.fields(cls)]
+    known = {entry.name: entry for entry in dataclasses.fields(cls)}
     converted = {}
     for key, value in data.items():
+        path, before = f"{prefix}{key}", len(problems)
         if key not in known:
-            problems.append(f"{prefix}{key}: unknown field{nearest(key, known)}")
+            problems.append(f"{path}: unknown field{nearest(str(key), known)}")
             continue
-        converted[key] = convert(value, hints[key], prefix + key, problems)
-        if not matches(converted[key], hints[key]):
-            found = f"{prefix}{key}={value!r} ({type(value).__name__})"
-            problems.append(f"{found}: must be {type_name(hints[key])}")
-            del converted[key]
+        converted[key] = convert(value, hints[key], path, problems)
+        if len(problems) > before:
+            continue  # told in detail
+        if matches(converted[key], hints[key]):
+            problems += _range_problems(path, converted[key], known[key].metadata)
+        else:
+            problems.append(_type_problem(path, value, hints[key]))
     return converted
+
+
+def _plain(value: Any) -> Any:
+    """A value as dicts, lists, strings and numbers."""
+    if isinstance(value, Coqpit):
+        return value.serialize()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {entry.name: _plain(getattr(value, entry.name)) for entry in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, set):
+        return sorted(map(_plain, value))
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 @dataclass
@@ -209,9 +287,14 @@ class CheckedConfig(Coqpit):
         try:
             self.__post_init__()
         except Exception:
+            vars(self).clear()
             vars(self).update(before)
             raise
         return self
+
+    def serialize(self) -> dict[str, Any]:
+        """All fields as what JSON holds; ``deserialize`` makes the same config of it."""
+        return {entry.name: _plain(getattr(self, entry.name)) for entry in dataclasses.fields(self)}
 
     @classmethod
     def deserialize_immutable(cls, data: dict[str, Any]) -> "CheckedConfig":
@@ -298,7 +381,8 @@ class TrainerConfig(CheckedConfig):
     )
 
     # evaluation and test
-    run_eval: bool = field(True, "Evaluate after every epoch.")
+    run_eval: bool = field(True, "Evaluate after the epochs (see run_eval_epochs), and after the last update.")
+    run_eval_epochs: int = field(1, "Evaluate and test after every N epochs.", unit="epochs", min=1)
     run_eval_steps: int | None = field(None, "Evaluate every N updates as well.", unit="updates", min=1)
     test_delay_epochs: int = field(0, "First epoch after which the model's test_run is called.", min=0)
 

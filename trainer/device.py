@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import PackedSequence
 
 
 def pick_device(name: str) -> torch.device:
@@ -26,7 +27,7 @@ def pick_device(name: str) -> torch.device:
 
 def to_device(value: Any, device: torch.device) -> Any:
     """Move every tensor in nested dicts, lists, tuples, namedtuples and dataclasses, without waiting for the copy."""
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, torch.Tensor | PackedSequence):  # a PackedSequence keeps its batch_sizes on the CPU
         return value.to(device, non_blocking=True)
     if isinstance(value, dict):
         return {key: to_device(item, device) for key, item in value.items()}

@@ -32,13 +32,11 @@ def build_optimizers(model: TrainerModel, config: TrainerConfig) -> list[Optimiz
         raise ValueError(
             "optimizer=None: name a torch.optim class in the config, or define get_optimizer() in the model"
         )
-    lr = model.get_lr() if overrides(model, "get_lr") else config.lr
-    if isinstance(lr, list):
-        if len(lr) != 1:
-            raise ValueError(f"lr={lr}: {len(lr)} rates for the one optimizer of the config; give one")
-        lr = lr[0]
+    rates = _as_list(model.get_lr() if overrides(model, "get_lr") else config.lr)
+    if len(rates) != 1:
+        raise ValueError(f"lr={rates}: {len(rates)} rates for the one optimizer of the config; give one")
     cls = _class_named(config.optimizer, torch.optim, Optimizer, "optimizer")
-    return [cls(model.parameters(), lr=lr, **config.optimizer_params)]
+    return [cls(model.parameters(), lr=rates[0], **config.optimizer_params)]
 
 
 def build_schedulers(

@@ -33,7 +33,9 @@ class Precision:
         """Add the gradient of ``weight * loss`` to the parameters' (only to these, when they are given)."""
         if weight != 1.0:
             loss = loss * weight
-        # `inputs` also spares autograd the gradients of the other optimizers' weights
+        if parameters is not None:
+            # `inputs` also spares autograd the gradients of the other optimizers' weights; it refuses frozen ones
+            parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self.scaler.scale(loss).backward(inputs=parameters)
 
     def unscale(self, optimizer: Optimizer) -> None:
@@ -42,7 +44,10 @@ class Precision:
             self.scaler.unscale_(optimizer)
 
     def step(self, optimizer: Optimizer) -> bool:
-        """Step the optimizer; False when the scaler skipped it because a gradient was not finite."""
+        """Step the optimizer; False when the scaler skipped it because a gradient was not finite.
+
+        A fused optimizer skips inside its kernel, where nobody sees it: True.
+        """
         self._stepped = True
         if not self.scaler.is_enabled():
             optimizer.step()

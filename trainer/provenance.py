@@ -24,7 +24,8 @@ def new_run_folder(output_path: str, run_name: str) -> Path:
     """
     if "://" in output_path:
         raise ValueError(f"output_path={output_path!r}: only local folders can be written to")
-    commit = git_commit(Path(sys.argv[0]).resolve().parent)
+    script = Path(sys.argv[0])
+    commit = git_commit(script.resolve().parent if script.is_file() else Path.cwd())
     name = f"{run_name}-{datetime.datetime.now():%Y%m%d-%H%M%S}-{commit}"
     for attempt in range(1000):
         folder = Path(output_path) / (f"{name}-{attempt}" if attempt else name)

@@ -30,5 +30,6 @@ class StopSignals:
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            # None: the handler was set outside of python, which cannot put it back
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._before.clear()

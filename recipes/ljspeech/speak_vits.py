@@ -9,12 +9,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import torch  # noqa: E402
+import torch
 
-from models.vits import Vits, VitsConfig  # noqa: E402
-from trainer import seed_everything  # noqa: E402
-from trainer.checkpoint import load_checkpoint  # noqa: E402
-from trainer.data.audio import write_audio  # noqa: E402
+from models.vits import Vits, VitsConfig
+from trainer import seed_everything
+from trainer.checkpoint import load_checkpoint
+from trainer.data.audio import write_audio
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The loop against plain PyTorch loops, bitwise, and everything that it decides: accumulation, schedules, best model."""
+"""The loop against plain PyTorch loops, bitwise, and all that it decides: accumulation, schedules, best model."""
 
 import json
 

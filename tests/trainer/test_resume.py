@@ -7,9 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from tests.trainer.toys import Toy, ToyGan, assert_same_weights, build, weights_of
 
+from tests.trainer.toys import Toy, ToyGan, assert_same_weights, build, weights_of
 from trainer import TrainerArgs
 from trainer.checkpoint import load_checkpoint
 

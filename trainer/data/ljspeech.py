@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from trainer.data.cache import exclusive
+from trainer.data.demo import make_demo_set
 from trainer.data.speech import DataError, SpeechSample
 
 logger = logging.getLogger("trainer")
@@ -31,6 +32,12 @@ LJSPEECH_SIZE = 2_748_572_632  # bytes
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg")  # in this order, when an id has several files
 EVAL_CLIPS, TEST_CLIPS, ALL_CLIPS = 100, 500, 13_100  # the split of Kim et al. 2021, section 3.1
+
+DEMO_NOTICE = """
+*** No data set: training on the DEMO SET, sentences spoken by the espeak-ng synthesizer.
+*** It shows that everything runs. For a voice, train on LJSpeech-1.1: add --download (2.7 GB),
+*** unpack it as {default}, or give --coqpit.dataset_path=DIR.
+"""
 
 _BLOCK = 1 << 20
 _ROOM = 2.5  # archive and unpacked files together, in units of the archive's size (measured: 2.4)
@@ -193,6 +200,29 @@ def locate_ljspeech(dataset_path: str, default: Path = Path("data/LJSpeech-1.1")
 
 
 # --- Download ---------------------------------------------------------------------------------------------------------
+
+
+def find_ljspeech(dataset_path: str, default: Path, download: bool = False) -> tuple[Path, bool]:
+    """The data set that a recipe trains on, or the demo set, announced loudly, when there is none.
+
+    Args:
+        dataset_path: the folder that the user named; "" when none was named.
+        default: where LJSpeech is looked for then, or downloaded to.
+        download: fetch LJSpeech-1.1 to the default first.
+
+    Returns:
+        The folder, and whether it is the demo set.
+
+    Raises:
+        DataError: (a ValueError) as locate_ljspeech and download_ljspeech.
+    """
+    if download and dataset_path:
+        raise DataError(f"--download goes to {default}, not to dataset_path={dataset_path}: give one of the two")
+    folder = download_ljspeech(default) if download else locate_ljspeech(dataset_path, default)
+    if folder is not None:
+        return folder, False
+    print(DEMO_NOTICE.format(default=default), flush=True)
+    return make_demo_set(), True
 
 
 def download_ljspeech(

@@ -24,21 +24,20 @@ class _ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         warning = record.levelno >= logging.WARNING
         text = f"{record.levelname.lower()}: {self.format(record)}" if warning else self.format(record)
-        # a test or a notebook may have replaced stdout since
-        console.file = sys.stdout
-        console.print(text, style="yellow" if warning else None, markup=False, highlight=False)
+        console.print(text, style="yellow" if warning else None, markup=False, emoji=False, highlight=False)
 
 
 def set_up_logging() -> None:
     """Show the ``trainer`` logger's messages on the console, unless the program has set up logging by itself."""
-    logger.setLevel(logging.INFO)
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.INFO)
     if not logger.handlers and not logging.getLogger().handlers:
         logger.addHandler(_ConsoleHandler())
 
 
 def format_values(values: Mapping[str, float]) -> str:
     """``loss 1.234  lr 0.0002``"""
-    return "  ".join(f"{name} {value:.5g}" for name, value in values.items())
+    return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
 
 
 def format_duration(seconds: float) -> str:

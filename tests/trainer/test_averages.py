@@ -1,0 +1,192 @@
+"""Averages against exact fractions, and the promise of one transfer."""
+
+import math
+import random
+from fractions import Fraction
+
+import pytest
+import torch
+
+from trainer.averages import Averages, named, target_loss
+
+
+def tensors(**values) -> dict[str, torch.Tensor]:
+    """Numbers as scalar tensors."""
+    return {name: torch.tensor(value) for name, value in values.items()}
+
+
+class TestAverages:
+    def test_means_are_exact_and_weighted_by_samples(self):
+        """Values that float32 holds exactly, against fractions."""
+        rng, averages = random.Random(0), Averages()
+        sums, weights = {}, {}
+        for step in range(200):
+            samples = rng.randint(1, 64)
+            losses = {name: rng.randint(-(2**20), 2**20) / 2**10 for name in ("a", "b")[: rng.randint(1, 2)]}
+            averages.add(step, tensors(**losses), samples)
+            for name, value in losses.items():
+                sums[name] = sums.get(name, Fraction()) + Fraction(value) * samples
+                weights[name] = weights.get(name, 0) + samples
+            if rng.random() < 0.1:
+                averages.read()
+        averages.read()
+        # every partial sum fits into a double: no rounding but that of the division
+        assert averages.means == {name: float(sums[name]) / weights[name] for name in sums}
+
+    def test_the_first_value_counts(self):
+        """The case in which Coqui's running average reports 1.18."""
+        averages = Averages()
+        for step, value in enumerate((4.69, 1.26, 1.10)):
+            averages.add(step, tensors(loss=value), 1)
+        averages.read()
+        assert averages.means["loss"] == pytest.approx((4.69 + 1.26 + 1.10) / 3, rel=1e-7)  # float32 values
+
+    def test_a_short_batch_counts_for_what_it_holds(self):
+        averages = Averages()
+        averages.add(0, tensors(loss=1.0), 30)
+        averages.add(1, tensors(loss=5.0), 10)
+        averages.read()
+        assert averages.means == {"loss": 2.0}
+
+    def test_one_transfer_a_read(self, monkeypatch):
+        calls = []
+        for method in ("tolist", "item", "cpu", "numpy", "__float__", "__bool__", "__int__"):
+            original = getattr(torch.Tensor, method)
+
+            def counted(self, *args, original=original, method=method):
+                calls.append(method)
+                return original(self, *args)
+
+            monkeypatch.setattr(torch.Tensor, method, counted)
+        averages = Averages()
+        for step in range(10):
+            averages.add(step, tensors(a=1.0, b=2.0), 4)
+            averages.add(step, tensors(grad_norm=math.nan), 4, must_be_finite=False)
+        assert calls == []
+        averages.read()
+        assert calls == ["tolist"]
+        averages.read()
+        assert (averages.last, averages.means) == ({"a": 1.0, "b": 2.0}, {"a": 1.0, "b": 2.0})
+        assert calls == ["tolist"]
+
+    def test_calls_of_one_step_are_averaged_by_samples(self):
+        averages = Averages()
+        averages.add(7, tensors(loss=1.0, other=3.0), 3)
+        averages.read()  # in the middle of a step
+        averages.add(7, tensors(loss=5.0), 1)
+        averages.read()
+        assert averages.last == {"loss": 2.0, "other": 3.0}
+        averages.add(8, tensors(loss=9.0), 4)
+        averages.read()
+        assert averages.last == {"loss": 9.0}
+        assert averages.means == {"loss": (3 * 1 + 5 + 4 * 9) / 8, "other": 3.0}
+
+    def test_tensors_may_be_overwritten_afterwards(self):
+        for count in (1, 2):
+            losses = {str(i): torch.tensor(1.0) for i in range(count)}
+            averages = Averages()
+            averages.add(0, losses, 1)
+            for value in losses.values():
+                value.fill_(100.0)
+            averages.read()
+            assert averages.means == {str(i): 1.0 for i in range(count)}
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+    def test_not_finite_names_step_and_loss(self, value):
+        averages = Averages()
+        averages.add(3, tensors(loss=1.0, kl=1.0), 1)
+        averages.add(4, tensors(loss=1.0, kl=value), 1)
+        with pytest.raises(FloatingPointError, match=rf"^step 4: kl is {value}"):
+            averages.read()
+
+    def test_unit_is_named(self):
+        averages = Averages("batch")
+        averages.add(2, tensors(loss=math.nan), 1)
+        with pytest.raises(FloatingPointError, match=r"^batch 2: loss is nan"):
+            averages.read()
+
+    def test_a_skipped_norm_is_left_out(self):
+        averages = Averages()
+        averages.add(0, tensors(grad_norm=2.0), 5, must_be_finite=False)
+        averages.add(1, tensors(grad_norm=math.inf), 5, must_be_finite=False)
+        averages.read()
+        assert (averages.means, averages.last) == ({"grad_norm": 2.0}, {})
+
+    def test_types_may_be_mixed(self):
+        averages = Averages()
+        losses = {
+            "half": torch.tensor(1.5, dtype=torch.bfloat16),
+            "double": torch.tensor([2.25], dtype=torch.float64),
+            "count": torch.tensor(3),
+            "right": torch.tensor(True),
+        }
+        averages.add(0, losses, 1)
+        averages.read()
+        assert averages.last == {"half": 1.5, "double": 2.25, "count": 3.0, "right": 1.0}
+
+    def test_graphs_are_not_kept(self):
+        averages = Averages()
+        averages.add(0, {"loss": torch.ones((), requires_grad=True) * 2}, 1)
+        assert [vector.requires_grad for _, _, vector, _, _ in averages._pending] == [False]
+
+    def test_no_scalar(self):
+        with pytest.raises(ValueError, match=r"loss 'mel' has shape \[2, 3\]: return a scalar"):
+            Averages().add(0, {"mel": torch.zeros(2, 3)}, 1)
+
+    def test_no_losses(self):
+        averages = Averages()
+        averages.add(0, {}, 1)
+        averages.read()
+        assert (averages.last, averages.means) == ({}, {})
+
+    def test_state_goes_on(self):
+        values, whole, first, second = [1.0, 2.0, 4.0, 8.0], Averages(), Averages(), Averages()
+        for step, value in enumerate(values):
+            whole.add(step, tensors(loss=value), step + 1)
+            (first if step < 2 else second).add(step, tensors(loss=value), step + 1)
+        whole.read()
+        first.read()
+        second.load_state_dict(first.state_dict())
+        second.read()
+        assert second.means == whole.means == {"loss": (1 + 4 + 12 + 32) / 10}
+        assert first.means == {"loss": 5 / 3}  # its sums are not shared
+
+    def test_a_state_can_be_loaded_twice(self):
+        state = {"sums": {"loss": 6.0}, "weights": {"loss": 3.0}}
+        for _ in range(2):
+            averages = Averages()
+            averages.load_state_dict(state)
+            averages.add(0, tensors(loss=6.0), 1)
+            averages.read()
+            assert averages.means == {"loss": 3.0}
+
+
+class TestNamed:
+    def test_suffix_is_for_the_loss_only(self):
+        losses = tensors(loss=1.0, kl=2.0)
+        assert list(named(losses, "_1")) == ["loss_1", "kl"]
+        assert list(named(losses, "")) == ["loss", "kl"]
+
+    def test_plain_numbers_are_kept_and_others_left_out(self):
+        found = named({"loss": torch.tensor(1.0), "kl_weight": 0.25, "count": 3, "note": "x", "skipped": None}, "")
+        assert {name: value.tolist() for name, value in found.items()} == {"loss": 1.0, "kl_weight": 0.25, "count": 3.0}
+
+    def test_all_are_on_the_device_of_the_loss(self):
+        found = named({"loss": torch.zeros((), device="meta"), "kl": 1.0, "mel": torch.tensor(1.0)}, "")
+        assert {value.device.type for value in found.values()} == {"meta"}
+
+
+class TestTargetLoss:
+    means = {"loss": 1.0, "loss_0": 2.0, "loss_1": 4.0, "mel": 3.0}
+
+    @pytest.mark.parametrize(
+        ("target", "optimizers", "expected"), [(None, 1, 1.0), (None, 2, 3.0), ("mel", 1, 3.0), ("loss_1", 2, 4.0)]
+    )
+    def test_value(self, target, optimizers, expected):
+        assert target_loss(self.means, target, optimizers) == expected
+
+    def test_unknown(self):
+        with pytest.raises(ValueError, match="target_loss='mell': not among the losses loss, loss_0, loss_1, mel"):
+            target_loss(self.means, "mell", 1)
+        with pytest.raises(ValueError, match="target_loss='loss_2'"):
+            target_loss(self.means, None, 3)
