@@ -18,7 +18,7 @@ train: install ## train VITS: on data/LJSpeech-1.1 if it is there, else a small 
 	$(BIN)/python recipes/ljspeech/train_vits.py
 
 test: $(VENV)/.installed-dev ## run all tests, with coverage
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --cov=trainer --cov=models --cov-report=term --cov-fail-under=95
+	$(BIN)/python -m pytest -n $(WORKERS) --cov=trainer --cov=models --cov-report=term --cov-fail-under=95
 
 lint: $(VENV)/.installed-dev ## check style and formatting
 	$(BIN)/ruff check .

@@ -3,6 +3,10 @@
 import os
 from pathlib import Path
 
+# Before torch is imported: the tests' tensors are tiny, and two threads that wait for each other on a busy machine are
+# ten times slower than one. Child processes inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 

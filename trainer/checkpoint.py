@@ -150,6 +150,25 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return state
 
 
+def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
+    """A model's state dict from a file: ``.safetensors``, or ``.pth`` and the like (of a checkpoint its ``model``).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ImportError: a ``.safetensors`` file, and the package is not installed.
+        ValueError: the file is damaged, or would execute code.
+    """
+    if Path(path).suffix == ".safetensors":
+        try:
+            from safetensors.torch import load_file
+        except ImportError as error:
+            raise ImportError(f"{path}: pip install safetensors to read it") from error
+        return load_file(path)
+    with fsspec.open(str(path), "rb") as file:
+        state = _read_state(file, path)
+    return state.get("model", state)
+
+
 def _read_state(file: BinaryIO | Path, path: str | Path, **options: Any) -> Any:
     """What torch.load reads, with one error for all the ways in which it fails."""
     try:

@@ -259,6 +259,9 @@ class CheckedConfig(Coqpit):
 
     def __post_init__(self) -> None:
         self._initialized = True
+        for name, value in vars(self).items():
+            if isinstance(value, list | dict):  # which may be shared, with a preset for example
+                vars(self)[name] = copy.deepcopy(value)
         self.check()
 
     def __setattr__(self, name: str, value: Any) -> None:
