@@ -14,8 +14,8 @@ help: ## show this list
 
 install: $(VENV)/.installed ## set up .venv with pinned versions of what training needs
 
-train: install ## train VITS: on data/LJSpeech-1.1 if it is there, else a small model on the demo set
-	$(BIN)/python recipes/ljspeech/train_vits.py
+train: install ## train VITS: on data/LJSpeech-1.1 if it is there, else a small model on the demo set (ARGS=...)
+	$(BIN)/python recipes/ljspeech/train_vits.py $(ARGS)
 
 test: $(VENV)/.installed-dev ## run all tests, with coverage
 	$(BIN)/python -m pytest -n $(WORKERS) --cov=trainer --cov=models --cov-report=term --cov-fail-under=95

@@ -1292,10 +1292,7 @@ class Vits(TrainerModel):
         """The first sample: its segment decoded from the audio, and all of it spoken from the text."""
         figures, audios = self._show(batch, outputs)
         T, S = int(batch["token_lengths"][0]), int(batch["wave_lengths"][0])
-        was_training = self.training
-        self.eval()  # speech without dropout, whatever mode the log is written in
         said = self.inference(batch["tokens"][:1, :T], speaker_ids=batch["speaker_ids"][:1])
-        self.train(was_training)
         for name, wave_S in (("spoken", said["waveform"][0]), ("recorded", batch["waveform"][0, :S])):
             figures[name] = plot_spectrogram(self._mel(wave_S), name)
             audios[name] = wave_S.cpu().numpy()

@@ -114,7 +114,7 @@ class TrainerModel(nn.Module):
         raise self._missing("train_log", "self, batch, outputs, logger, steps")
 
     def eval_log(self, batch: Batch, outputs: dict, logger: "DashboardLogger", steps: int) -> None:
-        """Write figures, audio and the like of the first evaluation batch; called after every evaluation."""
+        """Write figures, audio and the like of the first evaluation batch, in eval mode, after every evaluation."""
         raise self._missing("eval_log", "self, batch, outputs, logger, steps")
 
     def test_run(self, trainer: "Trainer") -> Any:

@@ -234,8 +234,7 @@ class Trainer:
         printing = step % config.print_step == 0 or step == 1
         if printing or shown is not None:
             average.read()
-            times = self._clock.read()
-            left = self._clock.time_left(self._updates_left(updates))
+            times, left = self._clock.read(), self._clock.time_left(self._updates_left(updates))
             rates = {name: float(rate) for name, rate in self._rates.items()}
             values = {**average.last, **rates, **self.precision.stats()}
         if printing:
@@ -277,15 +276,15 @@ class Trainer:
                     self.c_logger.print_eval(f"batch {i}", self.keep_avg_eval.last)
                 # the first batch holds the same samples every time: what is shown of it can be compared
                 shown = shown or (batch, outputs)
-            self.model.train()
-        if self._signals.received is not None or shown is None:
-            return None
-        self.keep_avg_eval.read()
-        means = self.keep_avg_eval.means
-        self.c_logger.print_eval(f"step {self.total_steps_done}", means, time.perf_counter() - start)
-        self.dashboard_logger.eval_stats(self.total_steps_done, means)
-        self._show("eval_log", *shown)
-        return means
+        is_whole = self._signals.received is None and shown is not None
+        if is_whole:
+            self.keep_avg_eval.read()
+            step, means = self.total_steps_done, self.keep_avg_eval.means
+            self.c_logger.print_eval(f"step {step}", means, time.perf_counter() - start)
+            self.dashboard_logger.eval_stats(step, means)
+            self._show("eval_log", *shown)
+        self.model.train()
+        return self.keep_avg_eval.means if is_whole else None
 
     def _evaluate_and_keep_best(self) -> None:
         if self.last_eval_step != self.total_steps_done and (means := self.evaluate()) is not None:

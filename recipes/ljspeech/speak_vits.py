@@ -32,7 +32,7 @@ def main() -> None:
     model.load_state_dict(state["model"])
     seed_everything(options.seed)
     tokens = model.tokenizer.encode(options.text)
-    if not tokens:
+    if not model.tokenizer.decode(tokens).strip():
         parser.error(f"text={options.text!r}: holds nothing to say")
     speech = model.inference(torch.tensor([tokens]), length_scale=options.length_scale)
     waveform = speech["waveform"][0, : int(speech["lengths"][0])]

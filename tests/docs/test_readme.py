@@ -1,5 +1,6 @@
 """What the README shows is run."""
 
+import os
 import re
 import subprocess
 import sys
@@ -17,7 +18,8 @@ def test_the_python_blocks_run_one_after_the_other(tmp_path):
     # y = 2 x + 1 is what the samples say
     check = "\nprint('weight', model.layer.weight.item(), 'bias', model.layer.bias.item())"
     script = "\n".join(blocks).replace("model=Line()", "model=(model := Line())") + check
-    result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    command, environment = [sys.executable, "-c", script], {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     weight, bias = re.search(r"weight (\S+) bias (\S+)", result.stdout).groups()
     assert float(weight) == pytest.approx(2, abs=0.1)

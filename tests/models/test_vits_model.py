@@ -484,19 +484,6 @@ def test_logs_show_alignment_mels_and_audio():
     np.testing.assert_array_equal(drawn, outputs["alignment_1"][0, : int(batch["spec_lengths"][0])].T)
 
 
-def test_evaluation_speaks_without_dropout_and_goes_back_to_training(monkeypatch):
-    model, batch = model_and_batch()
-    outputs, _ = model.train_step(batch, None, 1)
-    modes, inference = [], model.inference
-    monkeypatch.setattr(model, "inference", lambda *a, **k: modes.append(model.training) or inference(*a, **k))
-    for training in (True, False):
-        model.train(training)
-        with torch.no_grad():
-            model.eval_log(batch, {f"{name}_1": value for name, value in outputs.items()}, Notes(), 7)
-        assert model.training is training
-    assert modes == [False, False]
-
-
 def test_the_shortest_speech_is_shown():
     model, _ = model_and_batch()
     assert model._mel(torch.zeros(16)).shape == (10, 1)  # one frame, mirrored by 24 samples at each end

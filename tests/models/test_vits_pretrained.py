@@ -233,8 +233,6 @@ def test_an_empty_checkpoint_is_refused():
 
 
 def test_files_that_would_run_code_are_refused(tmp_path):
-    import pickle
-
     torch.save({"model": tiny}, tmp_path / "code.pth")
-    with pytest.raises(pickle.UnpicklingError, match="weights_only"):
+    with pytest.raises(ValueError, match=r"code\.pth: holds more than tensors.*could execute code"):
         vits.Vits(tiny()).load_pretrained(tmp_path / "code.pth")

@@ -358,6 +358,7 @@ def test_run_eval_steps_and_test_delay():
         def eval_log(self, batch, outputs, logger, steps):
             evals.append(steps)
             assert len(batch["x"]) == 4  # the first batch
+            assert not self.training
 
         def test_run(self, trainer):
             tests.append(trainer.total_steps_done)
