@@ -28,7 +28,7 @@ bench: $(VENV)/.installed-dev ## time the Trainer's loop against a bare loop
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/loop.py
 
 clean: ## delete the environment and caches; runs in output/ and data/ stay
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .coverage onefile_trainer.egg-info
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .coverage onefile_trainer.egg-info
 	find . -name __pycache__ -type d -not -path './output/*' -prune -exec rm -rf {} +
 
 $(VENV)/bin/python:

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer.data.ljspeech import locate_ljspeech, read_ljspeech, split_ljspeech
+from trainer.data import ljspeech
+from trainer.data.ljspeech import find_ljspeech, locate_ljspeech, read_ljspeech, split_ljspeech
 from trainer.data.speech import DataError, SpeechSample
 
 
@@ -198,3 +199,30 @@ def test_the_default_folder_is_taken_refused_or_none(tmp_path, monkeypatch):
     assert locate_ljspeech("", default) == default
     monkeypatch.chdir(tmp_path)
     assert locate_ljspeech("") == Path("data/LJSpeech-1.1")
+
+
+# --- Finding, or taking the demo set --------------------------------------------------------------------------------
+
+
+def test_find_takes_the_named_folder(tiny_ljspeech, tmp_path):
+    assert find_ljspeech(str(tiny_ljspeech), tmp_path / "none") == (tiny_ljspeech, False)
+
+
+def test_find_takes_the_default(tiny_ljspeech):
+    assert find_ljspeech("", tiny_ljspeech) == (tiny_ljspeech, False)
+
+
+def test_find_announces_the_demo_set_and_how_to_get_the_real_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ljspeech, "make_demo_set", lambda: tmp_path / "demo")
+    assert find_ljspeech("", tmp_path / "LJSpeech-1.1") == (tmp_path / "demo", True)
+    said = capsys.readouterr().out
+    assert "DEMO SET" in said
+    assert "--download" in said
+    assert f"{tmp_path / 'LJSpeech-1.1'}, or give --coqpit.dataset_path=DIR" in said
+
+
+def test_find_downloads_to_the_default(tmp_path, monkeypatch):
+    monkeypatch.setattr(ljspeech, "download_ljspeech", lambda target: target / "fetched")
+    assert find_ljspeech("", tmp_path, download=True) == (tmp_path / "fetched", False)
+    with pytest.raises(DataError, match=r"--download goes to .*, not to dataset_path=elsewhere: give one of the two"):
+        find_ljspeech("elsewhere", tmp_path, download=True)

@@ -226,7 +226,7 @@ class TestConsole:
         shown = file.getvalue()
         assert "epoch 2/3" in shown
         assert "5/10" in shown
-        assert "loss 1.5  step_time 0.500 s  left 0:01:01" in shown
+        assert "loss 1.5  0.500 s  left 0:01:01" in shown
         assert "step 25: loss 1.5" in shown
         assert console._progress is None
 

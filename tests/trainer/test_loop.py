@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tests.trainer.toys import Toy, ToyConfig, ToyGan, assert_same_weights, build, collate, make_samples, weights_of
-from trainer import TrainerArgs, TrainerModel
+from trainer import Trainer, TrainerArgs, TrainerModel
 from trainer.data.loader import BucketBatchSampler
 
 
@@ -419,6 +419,24 @@ def test_callbacks_in_order():
     build(Noting, train=4, epochs=1, callbacks=functions).fit()
     middle = ["start", "backward 1 ['loss']", "clip", "step 1"]
     assert calls == ["init_start", "init_end", "epoch 0", "train a", "train b", *middle, "train end", "end 0"]
+
+
+def test_the_trainer_reads_the_command_line_by_itself(monkeypatch):
+    """As in Coqui's scripts, which hand over args and config and leave sys.argv to the Trainer."""
+    argv = ["train.py", "--coqpit.epochs=1", "--grad_accum_steps", "3", "--coqpit.optimizer_params.momentum=0.5"]
+    monkeypatch.setattr("sys.argv", argv)
+    config, args = ToyConfig(), TrainerArgs()
+    trainer = Trainer(args, config, model=Toy(config), train_samples=make_samples(12), eval_samples=make_samples(4))
+    trainer.fit()
+    assert (config.epochs, args.grad_accum_steps, trainer.total_steps_done) == (1, 3, 1)
+    assert trainer.optimizer[0].defaults["momentum"] == 0.5
+
+
+def test_print_eval_prints_every_batch(caplog):
+    build(epochs=1, print_eval=True, evaluation=6).fit()
+    assert [line for line in caplog.messages if line.startswith("eval at batch")][1].startswith(
+        "eval at batch 2: loss "
+    )
 
 
 def test_the_host_reads_losses_only_at_log_points(monkeypatch):

@@ -91,7 +91,7 @@ class ConsoleLogger:
         if console.is_terminal:
             columns = (
                 TextColumn("epoch {task.description}"),
-                BarColumn(),
+                BarColumn(bar_width=16),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[state]}"),
             )
@@ -119,7 +119,10 @@ class ConsoleLogger:
         seconds = "  ".join(f"{name} {value:.3f} s" for name, value in times.items())
         self.print(f"step {step}: {format_values({**last, **shown_mean})}  {seconds}  left {format_duration(left)}")
         if self._progress is not None:
-            state = f"{format_values(dict(list(last.items())[:1]))}  {seconds}  left {format_duration(left)}"
+            # short: a terminal of 80 columns has to hold it
+            loss = format_values(dict(list(last.items())[:1]))
+            seconds = "+".join(f"{value:.3f}" for value in times.values())
+            state = f"{loss}  {seconds} s  left {format_duration(left)}"
             self._progress.update(self._task, state=state)
 
     def print_eval(self, where: str, values: Mapping[str, float], seconds: float | None = None) -> None:
