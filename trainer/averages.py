@@ -2,20 +2,31 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
 
-def named(losses: Mapping[str, torch.Tensor], suffix: str) -> dict[str, torch.Tensor]:
-    """A model's losses that are numbers, on the device of ``loss``; of several optimizers it is named ``loss_0`` ..."""
-    device = losses["loss"].device
-    values = {}
+def named(losses: Mapping[str, Any], idx: int | None, owners: dict[str, int]) -> dict[str, torch.Tensor]:
+    """A model's losses that are numbers, as tensors on the device of ``loss``, under the names that are logged.
+
+    Args:
+        losses: what a step returned.
+        idx: which of several optimizers they belong to; None when there is one.
+        owners: which optimizer a name was first seen with, kept by the caller. Of several optimizers ``loss`` is
+            ``loss_0``, ``loss_1`` ..., and a name that another optimizer has, too, is ``name-1``.
+    """
+    device, values = losses["loss"].device, {}
     for name, value in losses.items():
+        if idx is not None and name == "loss":
+            name = f"loss_{idx}"
+        elif idx is not None and owners.setdefault(name, idx) != idx:
+            name = f"{name}-{idx}"
         if isinstance(value, torch.Tensor):
             values[name] = value.detach().to(device, non_blocking=True)
         elif isinstance(value, int | float):
             values[name] = torch.full((), float(value), device=device)  # a tensor made there: nothing waits for a copy
-    return {(name + suffix if name == "loss" else name): value for name, value in values.items()}
+    return values
 
 
 def target_loss(means: Mapping[str, float], target: str | None, optimizers: int) -> float:

@@ -90,6 +90,7 @@ class Trainer:
         self.keep_avg_train, self.keep_avg_eval = Averages(), Averages()
         self.stepped_optimizers: set[int] = set()  # optimizers that made an update in this epoch
         self.last_eval_step = -1  # the update that was evaluated last
+        self._loss_owners: dict[str, int] = {}
         self._open = False
 
     # ---- fit ----
@@ -121,12 +122,9 @@ class Trainer:
             self.close_run()
 
     def _finished(self) -> bool:
-        steps = self.config.max_steps
-        return (
-            self._signals.received is not None
-            or self.epochs_done >= self.config.epochs
-            or (steps is not None and self.total_steps_done >= steps)
-        )
+        steps = math.inf if self.config.max_steps is None else self.config.max_steps
+        done = self.epochs_done >= self.config.epochs or self.total_steps_done >= steps
+        return done or self._signals.received is not None
 
     def fit_epoch(self) -> None:
         """One epoch, or what is left of it: train, evaluate, keep the best model, test."""
@@ -202,7 +200,7 @@ class Trainer:
                 self.callbacks("before_backward_pass", losses, self.optimizer)
                 # the share of the window's samples: their mean is what is minimised
                 self.precision.backward(losses["loss"], n / sum(samples), parameters)
-                self.keep_avg_train.add(step, named(losses, suffix), n)
+                self.keep_avg_train.add(step, self._named(losses, idx), n)
                 outputs.update({f"{name}{suffix}": value for name, value in (found or {}).items()})
             if any_loss:
                 norm = self._update(idx)
@@ -269,7 +267,7 @@ class Trainer:
                     with self.precision.autocast():
                         found, losses = self._model_step("eval_step", batch, idx)
                     if losses is not None:
-                        self.keep_avg_eval.add(i, named(losses, self._suffix(idx)), count_samples(batch))
+                        self.keep_avg_eval.add(i, self._named(losses, idx), count_samples(batch))
                         outputs.update({f"{k}{self._suffix(idx)}": v for k, v in (found or {}).items()})
                 if self.config.print_eval:
                     self.keep_avg_eval.read()
@@ -352,6 +350,9 @@ class Trainer:
         outputs, losses = getattr(self.model, method)(batch, self.criterion[idx], *arguments)
         check_losses(self.model, method, losses)
         return outputs, losses
+
+    def _named(self, losses: dict[str, Any], idx: int) -> dict[str, torch.Tensor]:
+        return named(losses, idx if len(self.optimizer) > 1 else None, self._loss_owners)
 
     def _suffix(self, idx: int) -> str:
         return f"_{idx}" if len(self.optimizer) > 1 else ""

@@ -164,15 +164,21 @@ class TestAverages:
 class TestNamed:
     def test_suffix_is_for_the_loss_only(self):
         losses = tensors(loss=1.0, kl=2.0)
-        assert list(named(losses, "_1")) == ["loss_1", "kl"]
-        assert list(named(losses, "")) == ["loss", "kl"]
+        owners = {}
+        assert list(named(losses, 0, owners)) == ["loss_0", "kl"]
+        assert list(named(losses, 1, owners)) == ["loss_1", "kl-1"]
+        # whoever came first keeps the name, also when it skips a step
+        assert list(named(losses, 1, owners)) == ["loss_1", "kl-1"]
+        assert list(named(losses, None, {})) == ["loss", "kl"]
 
     def test_plain_numbers_are_kept_and_others_left_out(self):
-        found = named({"loss": torch.tensor(1.0), "kl_weight": 0.25, "count": 3, "note": "x", "skipped": None}, "")
+        found = named(
+            {"loss": torch.tensor(1.0), "kl_weight": 0.25, "count": 3, "note": "x", "skipped": None}, None, {}
+        )
         assert {name: value.tolist() for name, value in found.items()} == {"loss": 1.0, "kl_weight": 0.25, "count": 3.0}
 
     def test_all_are_on_the_device_of_the_loss(self):
-        found = named({"loss": torch.zeros((), device="meta"), "kl": 1.0, "mel": torch.tensor(1.0)}, "")
+        found = named({"loss": torch.zeros((), device="meta"), "kl": 1.0, "mel": torch.tensor(1.0)}, None, {})
         assert {value.device.type for value in found.values()} == {"meta"}
 
 
