@@ -38,6 +38,8 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["trainer", "trainer.*"]),
+    # an editable install then puts this folder on the path: models/ can be imported from anywhere, a notebook say
+    package_dir={"": "."},
     install_requires=[
         "torch>=2.6",
         "numpy>=1.26",
