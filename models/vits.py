@@ -1181,6 +1181,7 @@ class Vits(TrainerModel):
 
     def get_criterion(self) -> None:
         """None: the losses are the functions above."""
+        return None
 
     def get_optimizer(self) -> list[torch.optim.Optimizer]:
         """AdamW of the discriminator, AdamW of everything else."""
