@@ -167,6 +167,18 @@ def test_none_skips_an_optimizer_in_this_update():
     assert trainer.stepped_optimizers == {0, 1}
 
 
+def test_an_epoch_scheduler_waits_while_its_optimizer_is_skipped():
+    class Late(ToyGan):
+        def train_step(self, batch, criterion, optimizer_idx):
+            outputs = super().train_step(batch, criterion, optimizer_idx)
+            # the generator trains in the second of three epochs
+            return (None, None) if optimizer_idx == 1 and not 3 < self.forwards <= 6 else outputs
+
+    trainer = build(Late, epochs=3, lr=0.01, run_eval=False, target_loss="loss_0", lr_scheduler="ConstantLR")
+    trainer.fit()
+    assert [s.last_epoch for s in trainer.scheduler] == [3, 1]
+
+
 def test_gradient_norms_are_the_true_ones():
     """Unscaled and before clipping, in fp32 without clipping and in scaled fp16 with clipping."""
     norms = {}
@@ -225,6 +237,19 @@ def test_evaluating_does_not_change_the_training():
     weights = []
     for changes in ({"run_eval_steps": 1}, {"run_eval": False}):
         trainer = build(dropout=0.5, **changes)
+        trainer.fit()
+        weights.append(weights_of(trainer.model))
+    assert_same_weights(*weights)
+
+
+def test_logging_does_not_change_the_training():
+    class Drawing(Toy):
+        def train_log(self, batch, outputs, logger, steps):
+            self.drawn = torch.rand(3)
+
+    weights = []
+    for plot_step in (1, 1000):
+        trainer = build(Drawing, dropout=0.5, plot_step=plot_step)
         trainer.fit()
         weights.append(weights_of(trainer.model))
     assert_same_weights(*weights)
