@@ -10,7 +10,7 @@ import dataclasses
 import json
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from trainer.config import (
     find_problems,
     is_union,
     matches,
+    metadata_of,
     nearest,
     type_name,
 )
@@ -99,26 +100,26 @@ def _full_parser(
     return parser
 
 
-def _walk(config: Any, prefix: str) -> typing.Iterator[tuple[str, Any, Any, dataclasses.Field]]:
-    """(dotted path, value, annotation, field) of every field, nested configs entered."""
+def _walk(config: Any, prefix: str) -> typing.Iterator[tuple[str, Any, Any, Mapping[str, Any]]]:
+    """(dotted path, value, annotation, metadata) of every field, nested configs entered."""
     hints = typing.get_type_hints(type(config))
     for entry in dataclasses.fields(config):
         value = getattr(config, entry.name)
         nested = dataclasses.is_dataclass(value)
         # what may be another nested config, or none, can be given whole as well
         if not nested or is_union(hints[entry.name]):
-            yield prefix + entry.name, value, hints[entry.name], entry
+            yield prefix + entry.name, value, hints[entry.name], metadata_of(type(config), entry.name)
         if nested:
             yield from _walk(value, f"{prefix}{entry.name}.")
 
 
 def _add_flags(group: Any, config: Any, prefix: str) -> None:
-    for path, value, annotation, entry in _walk(config, prefix):
-        unit = f" [{entry.metadata['unit']}]" if entry.metadata.get("unit") else ""
-        choices = entry.metadata.get("choices")
+    for path, value, annotation, metadata in _walk(config, prefix):
+        unit = f" [{metadata['unit']}]" if metadata.get("unit") else ""
+        choices = metadata.get("choices")
         among = f" One of {', '.join(map(str, choices))}." if choices else ""
         shown = "''" if value == "" else str(value)
-        text = f"{entry.metadata.get('help', '')}{among}{unit} (default: {shown})".strip().replace("%", "%%")
+        text = f"{metadata.get('help', '')}{among}{unit} (default: {shown})".strip().replace("%", "%%")
         # a bool alone means true; values stay text here, so that all that is wrong is told at once
         alone = {"nargs": "?", "const": "true"} if annotation is bool else {}
         kind = type_name(annotation)

@@ -11,6 +11,7 @@ import json
 import re
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,15 @@ def element_types(annotation: Any, size: int) -> list[Any]:
     return [arguments[0]] * size
 
 
+def metadata_of(cls: type, name: str) -> Mapping[str, Any]:
+    """Help, unit and range of a field; one that a subclass only gives another default keeps those of its base."""
+    for base in cls.__mro__:
+        entry = getattr(base, "__dataclass_fields__", {}).get(name)
+        if entry is not None and entry.metadata:
+            return entry.metadata
+    return {}
+
+
 def find_problems(config: Any, prefix: str = "") -> list[str]:
     """Every value of a config that has the wrong type or lies out of range, with its dotted path."""
     problems = []
@@ -117,7 +127,7 @@ def find_problems(config: Any, prefix: str = "") -> list[str]:
         if not matches(value, hints[entry.name]):
             problems.append(_type_problem(path, value, hints[entry.name]))
             continue
-        problems += _range_problems(path, value, entry.metadata)
+        problems += _range_problems(path, value, metadata_of(type(config), entry.name))
         elements = (
             value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, list | tuple) else ())
         )
@@ -221,7 +231,7 @@ def _build_nested(cls: Any, data: dict, path: str, problems: list[str]) -> Any:
 
 def _converted_fields(cls: Any, data: dict, prefix: str, problems: list[str]) -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
-    known = {entry.name: entry for entry in dataclasses.fields(cls)}
+    known = [entry.name for entry in dataclasses.fields(cls)]
     converted = {}
     for key, value in data.items():
         path, before = f"{prefix}{key}", len(problems)
@@ -232,7 +242,7 @@ def _converted_fields(cls: Any, data: dict, prefix: str, problems: list[str]) ->
         if len(problems) > before:
             continue  # told in detail
         if matches(converted[key], hints[key]):
-            problems += _range_problems(path, converted[key], known[key].metadata)
+            problems += _range_problems(path, converted[key], metadata_of(cls, key))
         else:
             problems.append(_type_problem(path, value, hints[key]))
     return converted

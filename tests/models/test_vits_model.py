@@ -212,6 +212,8 @@ def test_steps_do_not_wait_for_a_gpu():
                 model.train_step(batch, None, i)[1]["loss"].backward(inputs=parameters[i])
         finally:
             torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.isfinite(p.grad).all() for group in parameters for p in group if p.grad is not None)
+    assert any(p.grad is not None for p in parameters[0])
 
 
 def test_eval_steps_under_inference_mode():

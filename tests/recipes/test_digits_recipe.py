@@ -94,12 +94,15 @@ def test_help_lists_every_field(tmp_path):
     for flag in ("--small_run", "--coqpit.channels", "--coqpit.lr", "--coqpit.max_steps"):
         assert flag in result.stdout
     assert "Channels of the first block" in result.stdout
+    # the template gives this field another default alone
+    assert "Epochs to train. (default: 15)" in " ".join(result.stdout.split())
 
 
 def test_all_that_is_wrong_is_told_at_once(tmp_path):
-    result = run("--coqpit.epochz=3", "--coqpit.lr=fast", "--coqpit.channels=0", cwd=tmp_path)
+    result = run("--coqpit.epochz=3", "--coqpit.lr=fast", "--coqpit.channels=0", "--coqpit.epochs=0", cwd=tmp_path)
     assert result.returncode == 2
     assert "--coqpit.epochz: unknown argument; did you mean '--coqpit.epochs'?" in result.stderr
     assert "--coqpit.lr='fast': must be float" in result.stderr
     assert "--coqpit.channels=0: must be at least 1" in result.stderr
+    assert "--coqpit.epochs=0: must be at least 1" in result.stderr
     assert not list(tmp_path.iterdir())

@@ -11,8 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from models.digits import DigitsConfig
+from models.vits import VitsConfig
 from trainer import ConfigError, TrainerArgs, TrainerConfig, field
-from trainer.config import CheckedConfig, convert, matches, type_name
+from trainer.config import CheckedConfig, convert, matches, metadata_of, type_name
 
 
 @dataclass
@@ -387,3 +389,33 @@ class TestTypes:
 def test_every_field_of_the_library_has_help():
     for cls in (TrainerConfig, TrainerArgs):
         assert [f.name for f in dataclasses.fields(cls) if not f.metadata.get("help", "").endswith((".", ")."))] == []
+
+
+class TestAnotherDefault:
+    """A subclass that only gives a field another default keeps its help, unit and range."""
+
+    def test_range(self):
+        @dataclass
+        class Mine(TrainerConfig):
+            batch_size: int = 64
+
+        @dataclass
+        class Yours(Mine):
+            batch_size: int = 8
+
+        with pytest.raises(ConfigError, match="batch_size=0: must be at least 1 samples"):
+            Yours(batch_size=0)
+        with pytest.raises(ConfigError, match="batch_size=0: must be at least 1 samples"):
+            Yours().deserialize({"batch_size": 0})
+
+    def test_a_range_of_its_own_counts(self):
+        @dataclass
+        class Mine(TrainerConfig):
+            batch_size: int = field(64, "Pairs in a batch.", min=2)
+
+        with pytest.raises(ConfigError, match=r"batch_size=1: must be at least 2$"):
+            Mine(batch_size=1)
+
+    def test_every_field_of_the_models_has_help(self):
+        for cls in (DigitsConfig, VitsConfig):
+            assert [f.name for f in dataclasses.fields(cls) if not metadata_of(cls, f.name).get("help")] == []
