@@ -1188,8 +1188,10 @@ class Vits(TrainerModel):
         c = self.config
         rates = c.lr if isinstance(c.lr, list) else [c.lr, c.lr]
         generator = [p for name, p in self.named_parameters() if not name.startswith("disc.")]
+        # fused on a GPU: quicker, and it can leave an update out without waiting for the host
+        fused = generator[0].is_cuda or None
         return [
-            torch.optim.AdamW(parameters, lr=rate, betas=tuple(c.betas), eps=c.eps)
+            torch.optim.AdamW(parameters, lr=rate, betas=tuple(c.betas), eps=c.eps, fused=fused)
             for parameters, rate in zip((list(self.disc.parameters()), generator), rates)
         ]
 

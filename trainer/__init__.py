@@ -6,9 +6,12 @@ The public names are imported when they are first used, so that ``import trainer
 import importlib
 from typing import TYPE_CHECKING
 
+from trainer import coqui_modules
+
 if TYPE_CHECKING:
+    from trainer.checked_config import ConfigError, field
     from trainer.command_line import parse_command_line
-    from trainer.config import ConfigError, TrainerArgs, TrainerConfig, field
+    from trainer.config import TrainerArgs, TrainerConfig
     from trainer.model import TrainerModel
     from trainer.seeding import seed_everything
     from trainer.trainer import Trainer
@@ -16,12 +19,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "ConfigError": "trainer.config",
+    "ConfigError": "trainer.checked_config",
     "Trainer": "trainer.trainer",
     "TrainerArgs": "trainer.config",
     "TrainerConfig": "trainer.config",
     "TrainerModel": "trainer.model",
-    "field": "trainer.config",
+    "field": "trainer.checked_config",
     "parse_command_line": "trainer.command_line",
     "seed_everything": "trainer.seeding",
 }
@@ -36,6 +39,9 @@ __all__ = [
     "parse_command_line",
     "seed_everything",
 ]
+
+
+coqui_modules.install()
 
 
 def __getattr__(name: str) -> object:

@@ -1,22 +1,25 @@
 """Means of losses that stay on the device until somebody reads them."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
+Gather = Callable[[Any], list[Any]]
+
 
 def named(losses: Mapping[str, Any], idx: int | None, owners: dict[str, int]) -> dict[str, torch.Tensor]:
-    """A model's losses that are numbers, as tensors on the device of ``loss``, under the names that are logged.
+    """A model's losses that are numbers, as tensors on the device of the first, under the names that are logged.
 
     Args:
-        losses: what a step returned.
+        losses: what a step returned; one of them at least is a tensor.
         idx: which of several optimizers they belong to; None when there is one.
         owners: which optimizer a name was first seen with, kept by the caller. Of several optimizers ``loss`` is
             ``loss_0``, ``loss_1`` ..., and a name that another optimizer has, too, is ``name-1``.
     """
-    device, values = losses["loss"].device, {}
+    tensor = losses.get("loss", next((v for v in losses.values() if isinstance(v, torch.Tensor)), None))
+    device, values = None if tensor is None else tensor.device, {}
     for name, value in losses.items():
         if idx is not None and name == "loss":
             name = f"loss_{idx}"
@@ -29,27 +32,37 @@ def named(losses: Mapping[str, Any], idx: int | None, owners: dict[str, int]) ->
     return values
 
 
-def target_loss(means: Mapping[str, float], target: str | None, optimizers: int) -> float:
+def target_loss(means: Mapping[str, float], target: str | None, optimizers: int) -> float | None:
     """The loss that decides which model is best: the target, else ``loss``, else the mean of ``loss_0``, ``loss_1``.
 
+    None if no target is named, and there is none of these: models with their own ``optimize`` name losses as they like.
+
     Raises:
-        ValueError: there is no loss of that name.
+        ValueError: there is no loss of the target's name.
     """
-    names = [target] if target else ["loss"] if optimizers == 1 else [f"loss_{i}" for i in range(optimizers)]
-    missing = [name for name in names if name not in means]
-    if missing:
-        raise ValueError(f"target_loss={missing[0]!r}: not among the losses {', '.join(means)}")
-    return sum(means[name] for name in names) / len(names)
+    if target and target not in means:
+        raise ValueError(f"target_loss={target!r}: not among the losses {', '.join(means)}")
+    names = [target] if target else [f"loss_{i}" for i in range(optimizers)] if optimizers > 1 else []
+    # an optimizer that is skipped has no loss; an eval_step without optimizer_idx has a single one for all
+    found = [means[name] for name in names if name in means] or [means[name] for name in ("loss",) if name in means]
+    return sum(found) / len(found) if found else None
 
 
 class Averages:
     """Records losses step by step without waiting for the device; reads them all in one transfer.
 
     Every mean is weighted by the number of samples, so that a short last batch counts for what it holds.
+
+    Args:
+        unit: what is counted, for messages.
+        must_be_finite: False leaves values out that are not finite.
+        gather: makes a list of what all ranks hand to it; then the means are those of all ranks.
     """
 
-    def __init__(self, unit: str = "step") -> None:
-        self._unit = unit  # what is counted, for messages
+    def __init__(self, unit: str = "step", must_be_finite: bool = True, gather: Gather | None = None) -> None:
+        self._unit = unit
+        self._must_be_finite = must_be_finite
+        self._gather = gather
         self._pending: list[tuple[int, tuple[str, ...], torch.Tensor, float, bool]] = []
         self._sums: dict[str, float] = {}
         self._weights: dict[str, float] = {}
@@ -59,7 +72,7 @@ class Averages:
     def add(self, step: int, losses: Mapping[str, torch.Tensor], samples: float, must_be_finite: bool = True) -> None:
         """Record scalars of ``samples`` samples; several calls with one ``step`` (accumulation) are averaged.
 
-        Values that need not be finite (gradient norms of updates that loss scaling skips) are then left out.
+        Values that need not be finite (gradient norms: an update may be skipped for them) are then left out.
 
         Raises:
             ValueError: a loss is no scalar.
@@ -71,33 +84,47 @@ class Averages:
                 raise ValueError(f"loss {name!r} has shape {list(value.shape)}: return a scalar, such as its mean()")
         # stacking copies: a captured graph may overwrite its outputs in the next step
         vector = torch.stack([value.detach().reshape(()) for value in losses.values()])
-        self._pending.append((step, tuple(losses), vector, float(samples), must_be_finite))
+        strict = must_be_finite and self._must_be_finite
+        self._pending.append((step, tuple(losses), vector, float(samples), strict))
 
     def read(self) -> None:
-        """Bring what was recorded to the host, in one transfer.
+        """Bring what was recorded to the host, in one transfer; all ranks together.
 
         Raises:
             FloatingPointError: a loss is NaN or infinite; names the loss and the step.
         """
-        if not self._pending:
+        if not self._pending and self._gather is None:
             return
-        values = torch.cat([vector for _, _, vector, _, _ in self._pending]).tolist()
-        position = 0
         pending, self._pending = self._pending, []
-        for step, names, _, samples, must_be_finite in pending:
-            if step != self._last_step:
-                self._last_step, self._last = step, {}
-            for name in names:
-                value = values[position]
-                position += 1
-                if not math.isfinite(value) and not must_be_finite:
-                    continue
-                if not math.isfinite(value):
-                    raise FloatingPointError(f"{self._unit} {step}: {name} is {value}")
+        values = torch.cat([vector for _, _, vector, _, _ in pending]).tolist() if pending else []
+        labels = [(step, name, samples, strict) for step, names, _, samples, strict in pending for name in names]
+        entries = [(step, name, value, samples, strict) for (step, name, samples, strict), value in zip(labels, values)]
+        if self._gather is not None:
+            entries = [entry for of_rank in self._gather(entries) for entry in of_rank]
+        for step, name, value, _, strict in entries:
+            if strict and not math.isfinite(value):
+                raise FloatingPointError(f"{self._unit} {step}: {name} is {value}")
+        newest = max((step for step, *_ in entries), default=self._last_step)
+        if newest != self._last_step:
+            self._last_step, self._last = newest, {}
+        for step, name, value, samples, _ in entries:
+            if math.isfinite(value) and samples:
                 self._sums[name] = self._sums.get(name, 0.0) + value * samples
                 self._weights[name] = self._weights.get(name, 0.0) + samples
-                total, weight = self._last.get(name, (0.0, 0.0))
-                self._last[name] = (total + value * samples, weight + samples)
+                if step == newest:
+                    total, weight = self._last.get(name, (0.0, 0.0))
+                    self._last[name] = (total + value * samples, weight + samples)
+
+    @property
+    def avg_values(self) -> dict[str, float]:
+        """The means under Coqui's names, ``avg_loss``; over several ranks, as they were read last."""
+        if self._gather is None:
+            self.read()
+        return {f"avg_{name}": value for name, value in self.means.items()}
+
+    def __getitem__(self, name: str) -> float:
+        """A mean by Coqui's name, ``avg_loss``."""
+        return self.avg_values[name]
 
     @property
     def last(self) -> dict[str, float]:

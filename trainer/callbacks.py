@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from trainer.config import nearest
+from trainer.checked_config import nearest
 from trainer.model import TrainerModel, overrides
 
 NAMES = (
@@ -17,6 +17,10 @@ NAMES = (
     "on_train_step_end",
     "before_backward_pass",
     "before_gradient_clipping",
+    "on_eval_epoch_start",
+    "on_eval_epoch_end",
+    "on_eval_step_start",
+    "on_eval_step_end",
     "on_keyboard_interrupt",
 )
 
@@ -50,6 +54,11 @@ class Callbacks:
             calls += [getattr(other, name) for other in unique if hasattr(other, name)]
             given = functions.get(name, [])
             self._calls[name] = calls + (list(given) if isinstance(given, list | tuple) else [given])
+
+    def add(self, name: str, function: Callable) -> Callable[[], None]:
+        """Call another function under ``name``; returns what takes it away again."""
+        self._calls[name].append(function)
+        return lambda: self._calls[name].remove(function)
 
     def __call__(self, name: str, *args: Any) -> None:
         """Call everything that is registered under ``name``."""

@@ -14,19 +14,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.config import (
+from trainer.checked_config import (
     CheckedConfig,
     ConfigError,
-    TrainerArgs,
     convert,
     element_types,
-    find_problems,
-    is_union,
+    field_types,
+    is_unset,
     matches,
     metadata_of,
     nearest,
+    options,
+    reason,
     type_name,
+    value_of,
 )
+from trainer.config import TrainerArgs
 
 PREFIX = "coqpit."
 
@@ -55,38 +58,140 @@ def parse_command_line(
     """
     args = TrainerArgs() if args is None else args
     parser = _full_parser(parser, args, config)
-    words, dotted, problems = _take_dotted(sys.argv[1:] if argv is None else argv, config)
+    words, dotted, problems = _take_dotted(sys.argv[1:] if argv is None else argv, config, PREFIX)
     namespace, rest = parser.parse_known_args(words)
     paths = {path for path, *_ in [*_walk(args, ""), *_walk(config, PREFIX)]}
     given = {name: text for name, text in vars(namespace).items() if name in paths}
     flags = argparse.Namespace(**{k: v for k, v in vars(namespace).items() if k not in given})
     overrides = {k: given.pop(k) for k in list(given) if k.startswith(PREFIX)}
     problems += _unknown(rest, parser) + _apply(args, "", given)
-    problems += _load_run_config(config, args.continue_path)
-    problems += _apply(config, PREFIX, {**overrides, **dotted})
-    problems += find_problems(args, "--") + find_problems(config, "--" + PREFIX)
-    if not problems:
+    if args.continue_path:
         try:
-            config.check()
-        except ValueError as error:  # the config's own check_values
-            problems = [str(error)]
-    if problems:
-        parser.exit(2, "\n  - ".join([f"{parser.prog}: error on the command line", *problems]) + "\n")
+            load_run_config(config, args.continue_path)
+        except ConfigError as error:
+            problems += [f"{error.source}: {problem}" for problem in error.problems]
+    problems += _apply(config, PREFIX, {**overrides, **dotted})
+    problems += _check(args, "") + _check(config, PREFIX)
+    _exit_with(parser, problems)
     return args, flags
 
 
-def _load_run_config(config: CheckedConfig, folder: str) -> list[str]:
-    if not folder:
-        return []
+def load_run_config(config: CheckedConfig, folder: str | Path) -> None:
+    """Set the config's fields as the run in ``folder`` had them.
+
+    Raises:
+        ConfigError: there is no config.json, or it is not one of this config's class. Nothing is changed.
+    """
     path = Path(folder) / "config.json"
     if not path.is_file():
         what = "has no config.json" if path.parent.is_dir() else "is no folder"
-        return [f"--continue_path={folder}: {what}; give the folder of a run, such as output/run-..."]
+        raise ConfigError(
+            [f"{str(folder)!r} {what}; give the folder of a run, such as output/run-..."], "continue_path"
+        )
+    config.load_json(path)
+
+
+def override(
+    config: CheckedConfig, argv: Sequence[str] | None, arg_prefix: str = "coqpit", hand_back: bool = False
+) -> list[str]:
+    """Set the fields of ``config`` that the command line names; what ``Coqpit.parse_args`` should do.
+
+    Args:
+        config: gives the fields and their defaults; set in place.
+        argv: the arguments, ``sys.argv[1:]`` by default.
+        arg_prefix: ``coqpit`` reads ``--coqpit.NAME``, an empty string ``--NAME``.
+        hand_back: return words without the prefix, instead of refusing them.
+
+    Raises:
+        SystemExit: 2 when anything is wrong, after every problem has been printed.
+    """
+    prefix = f"{arg_prefix}." if arg_prefix else ""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    _add_flags(parser, config, prefix)
+    words, dotted, problems = _take_dotted(sys.argv[1:] if argv is None else argv, config, prefix)
+    namespace, rest = parser.parse_known_args(words)
+    mine = [word for word in rest if prefix and word.startswith(f"--{prefix}")] if hand_back else rest
+    problems += _unknown(mine, parser) + _apply(config, prefix, {**vars(namespace), **dotted})
+    _exit_with(parser, problems + _check(config, prefix, complete=False))
+    return rest
+
+
+def set_from_namespace(config: CheckedConfig, namespace: argparse.Namespace, arg_prefix: str) -> None:
+    """Set fields to the values of a namespace that ``new_parser``'s parser has returned.
+
+    Raises:
+        ConfigError: a name is no field, or a value is wrong.
+    """
+    prefix, problems = f"{arg_prefix}." if arg_prefix else "", []
+    for path, value in vars(namespace).items():
+        try:
+            owner, name, _ = _place(config, path.removeprefix(prefix))
+            _set(owner, name, value)
+        except ValueError as error:
+            problems.append(f"{path}: {error}")
+    if problems:
+        raise ConfigError(problems, type(config).__name__)
+    config.check(complete=False)
+
+
+def new_parser(
+    config: CheckedConfig, arg_prefix: str, parser: argparse.ArgumentParser | None = None
+) -> argparse.ArgumentParser:
+    """A parser, or the given one, with a flag for every field, whose values come out with their types."""
+    prefix = f"{arg_prefix}." if arg_prefix else ""
+    if parser is None:
+        parser = _ConfigParser(config, prefix)
+    parser.allow_abbrev = False
+    _add_flags(parser, config, prefix, typed=True)
+    return parser
+
+
+class _ConfigParser(argparse.ArgumentParser):
+    """Also reads flags for items of lists and dicts, which no parser can know beforehand."""
+
+    def __init__(self, config: CheckedConfig, prefix: str) -> None:
+        super().__init__()
+        self._config, self._prefix = config, prefix
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:
+        words, dotted, problems = _take_dotted(sys.argv[1:] if args is None else args, self._config, self._prefix)
+        namespace, rest = super().parse_known_args(words, namespace)
+        config = copy.deepcopy(self._config)
+        problems += _apply(config, self._prefix, dotted)
+        _exit_with(self, problems)
+        for path in dotted:
+            owner, name, _ = _place(config, path.removeprefix(self._prefix))
+            setattr(namespace, path, _item(owner, name))
+        return namespace, rest
+
+
+class _TypedValue(argparse.Action):
+    """Stores a flag's text as its field's type."""
+
+    def __init__(self, *args: Any, annotation: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.annotation = annotation
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        try:
+            setattr(namespace, self.dest, parse_value(values, self.annotation))
+        except ValueError as error:
+            raise argparse.ArgumentError(self, f"{_shown(values)!r}: {error}") from error
+
+
+def _check(config: CheckedConfig, prefix: str, complete: bool = True) -> list[str]:
     try:
-        config.load_json(path)
+        config.check(complete)
     except ConfigError as error:
-        return [f"{path}: {problem}" for problem in error.problems]
+        return [f"--{prefix}{problem}" for problem in error.problems]
+    except (ValueError, AssertionError) as error:  # the config's own check_values
+        return [reason(type(config), error)]
     return []
+
+
+def _exit_with(parser: argparse.ArgumentParser, problems: list[str]) -> None:
+    if problems:
+        parser.exit(2, "\n  - ".join([f"{parser.prog}: error on the command line", *problems]) + "\n")
 
 
 def _full_parser(
@@ -102,37 +207,52 @@ def _full_parser(
 
 def _walk(config: Any, prefix: str) -> typing.Iterator[tuple[str, Any, Any, Mapping[str, Any]]]:
     """(dotted path, value, annotation, metadata) of every field, nested configs entered."""
-    hints = typing.get_type_hints(type(config))
     for entry in dataclasses.fields(config):
-        value = getattr(config, entry.name)
+        value, annotation = value_of(config, entry.name), field_types(type(config))[entry.name]
         nested = dataclasses.is_dataclass(value)
         # what may be another nested config, or none, can be given whole as well
-        if not nested or is_union(hints[entry.name]):
-            yield prefix + entry.name, value, hints[entry.name], metadata_of(type(config), entry.name)
+        if not nested or len(options(annotation)) > 1:
+            yield prefix + entry.name, value, annotation, metadata_of(type(config), entry.name)
         if nested:
             yield from _walk(value, f"{prefix}{entry.name}.")
 
 
-def _add_flags(group: Any, config: Any, prefix: str) -> None:
+def _add_flags(group: Any, config: Any, prefix: str, typed: bool = False) -> None:
+    """Add a flag for every field, whose value is text, or ``typed`` and there by default (of what is not nested)."""
     for path, value, annotation, metadata in _walk(config, prefix):
         unit = f" [{metadata['unit']}]" if metadata.get("unit") else ""
         choices = metadata.get("choices")
         among = f" One of {', '.join(map(str, choices))}." if choices else ""
-        shown = "''" if value == "" else str(value)
-        text = f"{metadata.get('help', '')}{among}{unit} (default: {shown})".strip().replace("%", "%%")
-        # a bool alone means true; values stay text here, so that all that is wrong is told at once
-        alone = {"nargs": "?", "const": "true"} if annotation is bool else {}
+        default = "must be given" if is_unset(value) else f"default: {value if value != '' else repr(value)}"
+        text = f"{metadata.get('help', '')}{among}{unit} ({default})".strip().replace("%", "%%")
         kind = type_name(annotation)
         kind = kind if "'" in kind else kind.upper()  # the words of a Literal are shown as they must be written
-        group.add_argument(f"--{path}", dest=path, default=argparse.SUPPRESS, metavar=kind, help=text, **alone)
+        arguments: dict[str, Any] = {"dest": path, "default": argparse.SUPPRESS, "metavar": kind, "help": text}
+        if bool in options(annotation):
+            arguments |= {"nargs": "?", "const": "true"}  # a bool alone means true
+        elif any(_is_listlike(option) for option in options(annotation)):
+            arguments |= {"nargs": "+", "metavar": (kind, "MORE")}
+        if typed:
+            arguments |= {"action": _TypedValue, "annotation": annotation}
+            if path.count(".") == prefix.count("."):
+                arguments["default"] = value
+        group.add_argument(f"--{path}", **arguments)
 
 
-def _take_dotted(argv: Sequence[str], config: Any) -> tuple[list[str], dict[str, str], list[str]]:
+def _shown(text: str | list[str]) -> str:
+    return text if isinstance(text, str) else " ".join(text)
+
+
+def _is_listlike(annotation: Any) -> bool:
+    return (typing.get_origin(annotation) or annotation) in (list, tuple, set)
+
+
+def _take_dotted(argv: Sequence[str], config: Any, prefix: str) -> tuple[list[str], dict[str, str], list[str]]:
     """Split argv into what argparse reads, every `--coqpit.field.key value` (into a dict or list), and problems.
 
     Argparse does not know the latter flags: it would take their values for positional arguments of the script.
     """
-    fields = {path for path, *_ in _walk(config, PREFIX)}
+    fields = {path for path, *_ in _walk(config, prefix)}
     words, rest, dotted, problems = list(argv), [], {}, []
     while words:
         word = words.pop(0)
@@ -162,31 +282,36 @@ def _unknown(rest: list[str], parser: argparse.ArgumentParser) -> list[str]:
     return problems
 
 
-def _apply(config: Any, prefix: str, overrides: dict[str, str]) -> list[str]:
+def _apply(config: Any, prefix: str, overrides: Mapping[str, str | list[str]]) -> list[str]:
     """Set what ``overrides`` (dotted path to text) names; returns what could not be set."""
     problems = []
     for path, text in overrides.items():
-        *parents, name = path.removeprefix(prefix).split(".")
-        owner, annotation = config, type(config)
         try:
-            for parent in parents:
-                annotation = _type_at(owner, annotation, parent)
-                owner = _item(owner, parent)
-            _set(owner, name, parse_value(text, _type_at(owner, annotation, name)))
+            owner, name, annotation = _place(config, path.removeprefix(prefix))
+            _set(owner, name, parse_value(text, annotation))
         except ValueError as error:
-            problems.append(f"--{path}={text!r}: {error}")
+            problems.append(f"--{path}={_shown(text)!r}: {error}")
     return problems
+
+
+def _place(config: Any, path: str) -> tuple[Any, str, Any]:
+    """What holds the value at a dotted path, its name or key in there, and its annotation."""
+    *parents, name = path.split(".")
+    owner, annotation = config, type(config)
+    for parent in parents:
+        annotation = _type_at(owner, annotation, parent)
+        owner = _item(owner, parent)
+    return owner, name, _type_at(owner, annotation, name)
 
 
 def _type_at(owner: Any, annotation: Any, key: str) -> Any:
     """The annotation of an item of a config, dict or list, which is itself annotated so."""
     if dataclasses.is_dataclass(owner):
-        known = [entry.name for entry in dataclasses.fields(owner)]
-        if key not in known:
-            raise ValueError(f"{type(owner).__name__} has no field {key!r}{nearest(key, known)}")
-        return typing.get_type_hints(type(owner))[key]
-    options = typing.get_args(annotation) if is_union(annotation) else (annotation,)
-    arguments = next((typing.get_args(option) for option in options if matches(owner, option)), ())
+        kinds = field_types(type(owner))
+        if key not in kinds:
+            raise ValueError(f"{type(owner).__name__} has no field {key!r}{nearest(key, kinds)}")
+        return kinds[key]
+    arguments = next((typing.get_args(option) for option in options(annotation) if matches(owner, option)), ())
     if isinstance(owner, dict):
         return arguments[1] if arguments else Any
     if not isinstance(owner, list):
@@ -198,7 +323,7 @@ def _type_at(owner: Any, annotation: Any, key: str) -> Any:
 
 def _item(owner: Any, key: str) -> Any:
     if dataclasses.is_dataclass(owner):
-        return getattr(owner, key)
+        return value_of(owner, key)
     items = owner if isinstance(owner, dict) else {str(i): item for i, item in enumerate(owner)}
     if key not in items:
         raise ValueError(f"there is no {key!r}; there are {', '.join(map(repr, items)) or 'no items'}")
@@ -214,30 +339,22 @@ def _set(owner: Any, key: str, value: Any) -> None:
         setattr(owner, key, value)
 
 
-def parse_value(text: str, annotation: Any) -> Any:
+def parse_value(text: str | list[str], annotation: Any) -> Any:
     """A command line's text as the annotated type.
 
-    ``none`` is None where None is allowed; lists are JSON (``[1, 2]``) or comma separated (``1,2``); dicts and nested
-    configs are JSON.
+    ``none`` is None where None is allowed; lists are JSON (``[1, 2]``), comma separated (``1,2``) or several words;
+    dicts and nested configs are JSON.
 
     Raises:
         ValueError: the text is no such value.
     """
-    options = list(typing.get_args(annotation)) if is_union(annotation) else [annotation]
-    listlike = text.startswith("[") or "," in text
-
-    # "3" is an int before it is a str; "X" is a str before it is a list of one
-    def rank(option: Any) -> int:
-        if (typing.get_origin(option) or option) in (list, tuple, set):
-            return 0 if listlike else 3
-        return 2 if option in (str, Path, Any) else 1
-
+    if isinstance(text, list) and len(text) == 1:
+        text = text[0]
     problems: list[str] = []
-    for option in sorted(options, key=rank):
-        value = _parse_as(text, option, problems)
-        if value is not _NO_VALUE and matches(value, option):
-            return value
-    raise ValueError("; ".join([f"must be {type_name(annotation)}", *problems]))
+    value = _parse_as_one_of(text, options(annotation), problems)
+    if value is _NO_VALUE:
+        raise ValueError("; ".join([f"must be {type_name(annotation)}", *problems]))
+    return value
 
 
 _NO_VALUE = object()
@@ -245,7 +362,27 @@ _WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0"
 _PYTHON_WORDS = {"none": None, "true": True, "false": False}
 
 
-def _parse_as(text: str, annotation: Any, problems: list[str]) -> Any:
+def _parse_as_one_of(text: Any, kinds: tuple, problems: list[str]) -> Any:
+    listlike = isinstance(text, list) or text.startswith("[") or "," in text
+
+    # "3" is an int before it is a str; "X" is a str before it is a list of one
+    def rank(kind: Any) -> int:
+        if _is_listlike(kind):
+            return 0 if listlike else 3
+        return 2 if kind in (str, Path, Any) else 1
+
+    for kind in sorted(kinds, key=rank):
+        if isinstance(text, list) and not _is_listlike(kind):
+            continue
+        value = _parse_as(text, kind, problems)
+        if value is not _NO_VALUE and matches(value, kind):
+            return value
+    return _NO_VALUE
+
+
+def _parse_as(text: Any, annotation: Any, problems: list[str]) -> Any:
+    if len(options(annotation)) > 1:
+        return _parse_as_one_of(text, options(annotation), problems)
     if annotation in (str, Path):
         return annotation(text)
     if annotation is Any:
@@ -262,8 +399,8 @@ def _parse_as(text: str, annotation: Any, problems: list[str]) -> Any:
     kind = typing.get_origin(annotation) or annotation
     if kind is typing.Literal:
         return next((a for a in typing.get_args(annotation) if str(a) == text), _NO_VALUE)
-    if kind in (list, tuple, set) and not text.startswith("["):
-        parts = [part.strip() for part in text.split(",") if part.strip()]
+    if kind in (list, tuple, set) and (isinstance(text, list) or not text.startswith("[")):
+        parts = text if isinstance(text, list) else [part.strip() for part in text.split(",") if part.strip()]
         values = [_parse_as(part, k, problems) for part, k in zip(parts, element_types(annotation, len(parts)))]
         return _NO_VALUE if _NO_VALUE in values or len(values) < len(parts) else kind(values)
     try:

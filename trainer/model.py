@@ -1,5 +1,6 @@
 """TrainerModel: what a model file implements."""
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,11 +25,51 @@ def overrides(model: "TrainerModel", name: str) -> bool:
     return getattr(type(model), name, None) is not getattr(TrainerModel, name)
 
 
-def check_losses(model: "TrainerModel", method: str, losses: Any) -> None:
-    """Raise a ValueError unless a step returned None or a dict of losses with a tensor ``loss``."""
-    if losses is not None and not (isinstance(losses, dict) and isinstance(losses.get("loss"), torch.Tensor)):
-        found = ", ".join(losses) if isinstance(losses, dict) else type(losses).__name__
-        raise ValueError(f"{type(model).__name__}.{method} returned losses ({found}) without a tensor 'loss'")
+def eval_passes(model: "TrainerModel", criteria: list[Any]) -> list[tuple[int | None, Any]]:
+    """(optimizer_idx, criterion) of each call of eval_step; one without optimizer_idx is called once for all."""
+    parameters = inspect.signature(model.eval_step).parameters.values()
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    takes_idx = len(positional) > 2 or any(p.kind == p.VAR_POSITIONAL for p in parameters)
+    if len(criteria) > 1 and takes_idx:
+        return list(enumerate(criteria))
+    is_shared = all(criterion is criteria[0] for criterion in criteria)
+    return [(None, criteria[0] if is_shared else criteria)]
+
+
+def call_step(
+    model: "TrainerModel", method: str, batch: Batch, criterion: Any, optimizer_idx: int | None, needs_loss: bool = True
+) -> tuple[Outputs, Losses]:
+    """Call a model's train_step or eval_step and check what comes back.
+
+    Raises:
+        TypeError: the model takes the batch for a dict, and it is a list.
+        ValueError: see check_losses.
+    """
+    arguments = () if optimizer_idx is None else (optimizer_idx,)
+    try:
+        outputs, losses = getattr(model, method)(batch, criterion, *arguments)
+    except TypeError as error:
+        if isinstance(batch, list | tuple) and "indices must be integers" in str(error):
+            name = f"{type(model).__name__}.{method}"
+            raise TypeError(
+                f"{name}: the batch is a {type(batch).__name__} of {len(batch)} items, not a dict: return a dict from "
+                "the data set, from the loader's collate_fn, or from format_batch"
+            ) from error
+        raise
+    check_losses(model, method, losses, needs_loss)
+    return outputs, losses
+
+
+def check_losses(model: "TrainerModel", method: str, losses: Any, needs_loss: bool = True) -> None:
+    """Raise a ValueError unless a step returned None, an empty dict, or a dict of losses with a tensor ``loss``."""
+    is_dict = isinstance(losses, dict)
+    if losses is None or (is_dict and not losses):
+        return
+    tensors = [name for name, value in losses.items() if isinstance(value, torch.Tensor)] if is_dict else []
+    if "loss" not in tensors and (needs_loss or not tensors):
+        found = ", ".join(map(str, losses)) if is_dict else type(losses).__name__
+        what = "a tensor 'loss'" if needs_loss else "a tensor"
+        raise ValueError(f"{type(model).__name__}.{method} returned losses ({found}) without {what}")
 
 
 class TrainerModel(nn.Module):
@@ -107,6 +148,24 @@ class TrainerModel(nn.Module):
         """The scheduler for each optimizer (given as a list); None for an optimizer without one."""
         raise self._missing("get_scheduler", "self, optimizer")
 
+    def optimize(self, batch: Batch, trainer: "Trainer") -> tuple[Outputs, Losses]:
+        """Forward, backward and step of all optimizers for one batch, by the model itself; instead of train_step.
+
+        Written as for a plain loop, with ``self.scaled_backward(loss, trainer)`` for ``loss.backward()``, then
+        ``trainer.optimizer[0].step()`` and ``.zero_grad()``. Loss scaling, accumulation (``grad_accum_steps``),
+        clipping (``grad_clip``), gradient norms and the check for NaN happen inside these calls.
+
+        Returns:
+            outputs (for train_log) and losses, under any names, for the logs.
+        """
+        raise self._missing("optimize", "self, batch, trainer")
+
+    def scaled_backward(self, loss: torch.Tensor, trainer: "Trainer", *args: Any, **options: Any) -> None:
+        """``loss.backward()`` inside ``optimize``; options are those of ``Tensor.backward``, such as retain_graph."""
+        # Coqui's README hands the trainer over as the third argument, after None
+        trainer = trainer if trainer is not None else args[0]
+        trainer.manual.backward(loss, **options)
+
     # ---- optional: what is shown ----
 
     def train_log(self, batch: Batch, outputs: dict, logger: "DashboardLogger", steps: int) -> None:
@@ -156,6 +215,18 @@ class TrainerModel(nn.Module):
 
     def before_gradient_clipping(self) -> None:
         """An update's gradients are complete and unscaled, not yet clipped."""
+
+    def on_eval_epoch_start(self, trainer: "Trainer") -> None:
+        """An evaluation begins; the model is in eval mode."""
+
+    def on_eval_epoch_end(self, trainer: "Trainer") -> None:
+        """An evaluation is over; ``trainer.keep_avg_eval.means`` holds its mean losses."""
+
+    def on_eval_step_start(self, trainer: "Trainer") -> None:
+        """An evaluation batch begins."""
+
+    def on_eval_step_end(self, trainer: "Trainer") -> None:
+        """An evaluation batch is done."""
 
     def on_keyboard_interrupt(self, trainer: "Trainer") -> None:
         """Ctrl-C or SIGTERM arrived; the checkpoint is saved."""

@@ -1,6 +1,7 @@
 """Mixed precision: the forward pass under autocast, and loss scaling for fp16."""
 
 import contextlib
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
@@ -14,14 +15,18 @@ class Precision:
     """One place for autocast and the gradient scaler; in fp32 it adds nothing to a plain backward and step.
 
     Attributes:
-        scaler: the ``torch.amp.GradScaler`` (disabled unless the config asks for fp16).
+        scaler: the ``torch.amp.GradScaler`` (disabled unless the config asks for fp16, or for ``use_grad_scaler``).
+        overflows: updates that were skipped because the scaled gradients overflowed.
     """
 
     def __init__(self, config: TrainerConfig, device: torch.device) -> None:
         self.device_type = device.type
         self.dtype = DTYPES[config.precision] if config.mixed_precision else None
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)
-        self._stepped = False
+        scaling = self.dtype is torch.float16 or config.use_grad_scaler
+        self.scaler = torch.amp.GradScaler(device.type, enabled=scaling)
+        self.scaling = scaling
+        self.overflows = 0
+        self._unscaled: set[int] = set()  # ids of the optimizers whose gradients are unscaled in this update
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """The context of a forward pass."""
@@ -29,41 +34,40 @@ class Precision:
             return contextlib.nullcontext()
         return torch.autocast(self.device_type, dtype=self.dtype)
 
-    def backward(self, loss: torch.Tensor, weight: float, parameters: list[torch.nn.Parameter] | None) -> None:
-        """Add the gradient of ``weight * loss`` to the parameters' (only to these, when they are given)."""
-        if weight != 1.0:
+    def no_autocast(self) -> contextlib.AbstractContextManager:
+        """The context of what is called inside ``autocast`` and must not be under it."""
+        return contextlib.nullcontext() if self.dtype is None else torch.autocast(self.device_type, enabled=False)
+
+    def backward(
+        self, loss: torch.Tensor, weight: float | torch.Tensor, parameters: list | None = None, **options: Any
+    ) -> None:
+        """Add the gradient of ``weight * loss`` to the parameters' (only to these, when they are given).
+
+        ``options`` are those of ``Tensor.backward``, such as retain_graph.
+        """
+        if isinstance(weight, torch.Tensor) or weight != 1.0:
             loss = loss * weight
         if parameters is not None:
             # `inputs` also spares autograd the gradients of the other optimizers' weights; it refuses frozen ones
-            parameters = [parameter for parameter in parameters if parameter.requires_grad]
-        self.scaler.scale(loss).backward(inputs=parameters)
+            options["inputs"] = [parameter for parameter in parameters if parameter.requires_grad]
+        self.scaler.scale(loss).backward(**options)
 
     def unscale(self, optimizer: Optimizer) -> None:
-        """Divide the gradients by the loss scale; notes whether one of them is not finite."""
-        if self.scaler.is_enabled():
-            self.scaler.unscale_(optimizer)
-
-    def step(self, optimizer: Optimizer) -> bool:
-        """Step the optimizer; False when the scaler skipped it because a gradient was not finite.
-
-        A fused optimizer skips inside its kernel, where nobody sees it: True.
-        """
-        self._stepped = True
-        if not self.scaler.is_enabled():
-            optimizer.step()
-            return True
-        ran = []
-        handle = optimizer.register_step_post_hook(lambda *_: ran.append(True))
-        self.scaler.step(optimizer)
-        handle.remove()
-        return bool(ran)
+        """Divide the gradients by the loss scale; a second call in one update does nothing."""
+        if self.scaling and id(optimizer) not in self._unscaled:
+            self._unscaled.add(id(optimizer))
+            # the class's: on the object it may be the one that ManualOptimization has put there
+            torch.amp.GradScaler.unscale_(self.scaler, optimizer)
 
     def update(self) -> None:
-        """Adapt the loss scale, once after all optimizers of an update."""
-        if self._stepped and self.scaler.is_enabled():
+        """Adapt the loss scale, once after all optimizers of an update.
+
+        ``scaler.step`` is not used: it reads from the device whether a gradient overflowed, which the norm has told.
+        """
+        if self._unscaled:
             self.scaler.update()
-        self._stepped = False
+            self._unscaled.clear()
 
     def stats(self) -> dict[str, float]:
-        """What is worth logging: the loss scale."""
-        return {"amp_scaler": self.scaler.get_scale()} if self.scaler.is_enabled() else {}
+        """What is worth logging: the loss scale, and how many updates it has skipped."""
+        return {"amp_scaler": self.scaler.get_scale(), "amp_skipped": self.overflows} if self.scaling else {}

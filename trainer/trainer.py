@@ -1,7 +1,10 @@
 """The Trainer: fit, train_step, evaluate. Read it from top to bottom."""
 
+import contextlib
+import functools
 import itertools
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -10,37 +13,43 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from trainer import checkpoint as checkpoints
 from trainer import optimizers
-from trainer.averages import Averages, named, target_loss
+from trainer.averages import Averages, named
+from trainer.batches import Batches
 from trainer.callbacks import Callbacks
 from trainer.command_line import parse_command_line
 from trainer.config import TrainerArgs, TrainerConfig
-from trainer.data.loader import rest_of_epoch
-from trainer.device import count_samples, pick_device, to_device
+from trainer.coqui_names import CoquiNames
+from trainer.device import pick_device
+from trainer.distributed import Ranks, rank_seed
+from trainer.early_stopping import EarlyStopping
+from trainer.ema import EMA
 from trainer.loggers.base import DashboardLogger
 from trainer.loggers.console import ConsoleLogger, StepClock
-from trainer.loggers.tensorboard import new_dashboard
-from trainer.model import Batch, Losses, Outputs, TrainerModel, check_losses, overrides
+from trainer.manual import ManualOptimization
+from trainer.model import Batch, TrainerModel, call_step, eval_passes, overrides
+from trainer.nan_guard import NanGuard
 from trainer.precision import Precision
-from trainer.provenance import new_run_folder
+from trainer.run import Run
 from trainer.seeding import forked_rng, set_backend_flags
 from trainer.signals import StopSignals
 
 
-class Trainer:
-    """Trains a TrainerModel. The constructor only assembles; ``fit`` and ``evaluate`` open the run's folder.
+class Trainer(Run, Batches, CoquiNames):
+    """Trains a TrainerModel. The constructor only assembles; the first use opens the run's folder.
 
     Args:
         args: how this start goes: continue_path, small_run and so on.
         config: the model's config.
         output_path: where the run's folder is made; the config's by default.
+        c_logger: a console logger to use instead of the Trainer's.
+        dashboard_logger: a dashboard to use instead of the one that the config names.
         model: the model, built after ``seed_everything(config.training_seed)`` if the run is to be repeatable.
         train_samples: handed to the model's ``get_data_loader``; eval_samples likewise.
         train_loader: a loader to use instead; eval_loader likewise.
-        dashboard_logger: a dashboard to use instead of the one that the config names.
         parse_command_line_args: apply ``sys.argv`` to args and config; False when the script has done so.
         callbacks: functions, or lists of them, by callback name.
+        gpu: see TrainerArgs.gpu, which comes first.
     """
 
     def __init__(
@@ -49,14 +58,16 @@ class Trainer:
         config: TrainerConfig,
         output_path: str | Path | None = None,
         *,
+        c_logger: ConsoleLogger | None = None,
+        dashboard_logger: DashboardLogger | None = None,
         model: TrainerModel,
         train_samples: list | None = None,
         eval_samples: list | None = None,
         train_loader: DataLoader | None = None,
         eval_loader: DataLoader | None = None,
-        dashboard_logger: DashboardLogger | None = None,
         parse_command_line_args: bool = True,
         callbacks: Mapping[str, Callable | list[Callable]] | None = None,
+        gpu: int | None = None,
     ) -> None:
         if parse_command_line_args:
             parse_command_line(config, args=args)
@@ -66,32 +77,44 @@ class Trainer:
             raise TypeError(f"model is a {type(model).__name__}: derive its class from TrainerModel")
         if args.small_run and (train_loader is not None or eval_loader is not None):
             raise ValueError(f"small_run={args.small_run} cuts the samples; it cannot cut loaders: hand samples over")
+        super().__init__(output_path or config.output_path, c_logger or ConsoleLogger(), dashboard_logger)
         self.args, self.config = args, config
-        self._output_root = str(output_path or config.output_path)
-        self.output_path: Path | None = None  # the run's folder, once it is open
-        self.device = pick_device(config.device)
+        self.ranks = Ranks.from_environment(config, args)
+        self._seed = rank_seed(config.training_seed, self.ranks.rank)
+        local_rank = self.ranks.local_rank if self.ranks.world_size > 1 else None
+        # the launcher's --device reaches every script this way
+        name = os.environ.get("TRAINER_DEVICE") or config.device
+        self.device = pick_device(name, gpu if args.gpu is None else args.gpu, local_rank)
         set_backend_flags(config)
         self.model = model.to(self.device)
-        self.train_samples = train_samples[: args.small_run] if train_samples is not None else None
-        self.eval_samples = eval_samples[: args.small_run] if eval_samples is not None else None
+        self.train_samples = train_samples[: args.small_run] if args.small_run and train_samples else train_samples
+        self.eval_samples = eval_samples[: args.small_run] if args.small_run and eval_samples else eval_samples
         self.train_loader, self.eval_loader = train_loader, eval_loader
-        self.optimizer = optimizers.build_optimizers(model, config)
+        self.optimizer = optimizers.build_optimizers(model, config, self.device)
         self.scheduler = optimizers.build_schedulers(model, config, self.optimizer)
+        self.scheduler_units = optimizers.scheduler_units(config, self.scheduler)
         self.criterion = optimizers.build_criteria(model, self.optimizer, self.device)
         self._max_norms = optimizers.build_max_norms(config, self.optimizer)
         self.precision = Precision(config, self.device)
+        self.guard = NanGuard(config, model, self.precision, self.device)
+        self.manual = ManualOptimization(self) if overrides(model, "optimize") else None
+        self.ema = None if config.ema_decay is None else EMA(model, config.ema_decay)
+        patience = config.early_stopping_patience
+        self.early_stopping = EarlyStopping(patience, config.early_stopping_min_delta) if patience else None
         self.callbacks = Callbacks(model, [*self.criterion, *self.optimizer], callbacks)
-        self.dashboard_logger = self._given_dashboard = dashboard_logger
-        self.c_logger, self._clock, self._signals = ConsoleLogger(), StepClock(), StopSignals()
+        self._clock, self._signals = StepClock(), StopSignals()
+        self._agreed: int | None = None  # the signal that any rank has heard of
 
         self.total_steps_done = 0  # updates
         self.epochs_done, self.batches_done = 0, 0  # batches of the epoch under way; all, while it is evaluated
-        self.best_loss = math.inf
-        self.keep_avg_train, self.keep_avg_eval = Averages(), Averages()
+        self.best_loss = {"train_loss": math.inf, "eval_loss": math.inf if config.run_eval else None}
+        gather = self.ranks.gather if self.ranks.world_size > 1 else None
+        self._averages = functools.partial(Averages, must_be_finite=config.nan_policy == "raise", gather=gather)
+        self.keep_avg_train, self.keep_avg_eval = self._averages(), self._averages()
         self.stepped_optimizers: set[int] = set()  # optimizers that made an update in this epoch
+        self.own_schedulers: set[int] = set()  # those that the model's own optimize steps
         self.last_eval_step = -1  # the update that was evaluated last
         self._loss_owners: dict[str, int] = {}
-        self._open = False
 
     # ---- fit ----
 
@@ -100,8 +123,10 @@ class Trainer:
 
         Raises:
             SystemExit: Ctrl-C or SIGTERM came (exit code 130 or 143), and the run is saved.
+            FloatingPointError: a loss or a gradient is not finite (see nan_policy).
         """
         self.open_run()
+        self._agreed = None
         try:
             with self._signals:
                 if (self.args.skip_train_epoch or self.args.start_with_eval) and self.config.run_eval:
@@ -113,39 +138,45 @@ class Trainer:
                     self.c_logger.print("nothing left to train: raise epochs, or max_steps")
                 while not self._finished():
                     self.fit_epoch()
-                if self.config.save_checkpoints and (self._signals.received is None or self.config.save_on_interrupt):
+                if self.config.save_checkpoints and (self._signal is None or self.config.save_on_interrupt):
                     self.save_checkpoint()
-            if self._signals.received is not None:
+            if self._signal is not None:
                 self.callbacks("on_keyboard_interrupt", self)
-                raise SystemExit(128 + self._signals.received)
+                raise SystemExit(128 + self._signal)
         finally:
             self.close_run()
+
+    @property
+    def _signal(self) -> int | None:
+        """The signal to stop that this process, or the ranks together, have heard of."""
+        return self._signals.received if self.ranks.world_size == 1 else self._agreed
 
     def _finished(self) -> bool:
         steps = math.inf if self.config.max_steps is None else self.config.max_steps
         done = self.epochs_done >= self.config.epochs or self.total_steps_done >= steps
-        return done or self._signals.received is not None
+        stopped = self.early_stopping is not None and self.early_stopping.should_stop
+        return done or stopped or self._signal is not None
 
     def fit_epoch(self) -> None:
         """One epoch, or what is left of it: train, evaluate, keep the best model, test."""
         self.callbacks("on_epoch_start", self)
         batches = self.train_epoch()
-        if self._signals.received is not None:
+        if self._signal is not None:
             return
+        is_whole = self.batches_done == batches
         if self.config.run_eval and self._evaluation_is_due():
-            self._evaluate_and_keep_best()
+            self._evaluate_and_keep_best(is_extra=not is_whole)
         elif not self.config.run_eval:
-            self._keep_best(self.keep_avg_train.means)
+            self.keep_best("train_loss", self.keep_avg_train.means, is_extra=not is_whole)
         if self.epochs_done >= self.config.test_delay_epochs and self._evaluation_is_due():
             self.test()
-        if self._signals.received is None and self.batches_done == batches:
+        if self._signal is None and is_whole:
             self.callbacks("on_epoch_end", self)
-            if self.config.scheduler_after_epoch:
-                optimizers.step_schedulers(self.scheduler, self.stepped_optimizers)
+            stepped = self.stepped_optimizers - self.own_schedulers
+            optimizers.step_schedulers(self.scheduler, self.scheduler_units, "epoch", stepped)
             self.epochs_done += 1
             self.batches_done = 0
             self.stepped_optimizers.clear()
-            self.keep_avg_train = Averages()
 
     def _evaluation_is_due(self) -> bool:
         epoch = self.epochs_done + 1
@@ -153,77 +184,102 @@ class Trainer:
 
     def train_epoch(self) -> int:
         """Train on the batches of this epoch that are not done yet; returns how many batches the epoch has."""
-        loader = self.get_loader(is_eval=False)
-        k = self.args.grad_accum_steps
-        updates, done = math.ceil(len(loader) / k), math.ceil(self.batches_done / k)
+        loader, k = self.get_loader(is_eval=False), self.args.grad_accum_steps
+        n = self.epoch_length(loader)
+        updates, done = math.ceil(n / k), math.ceil(self.batches_done / k)
+        if self.batches_done == 0:
+            self.keep_avg_train = self._averages()
         self.c_logger.start_epoch(self.epochs_done, self.config.epochs, updates, done)
-        self.callbacks("on_train_epoch_start", self)
         self.model.train()
+        self.callbacks("on_train_epoch_start", self)
         self._clock.restart()
-        for batches in self._clock.wait_for(self._windows(loader)):
+        for batches in self._clock.wait_for(self.windows(loader)):
             plotting = (self.total_steps_done + 1) % self.config.plot_step == 0
             batch, outputs = self.train_step(batches)
             self._after_update(updates, (batch, outputs) if plotting else None)
             del batch, outputs  # not alive, with all that they hold, during the next forward pass
             if self._finished():
                 break
+        self.guard.finish()
         self.keep_avg_train.read()
+        if not self.keep_avg_train.means:
+            raise ValueError(f"{type(self.model).__name__}.train_step returned no loss for any batch of the epoch")
         self.c_logger.end_epoch()
         self.callbacks("on_train_epoch_end", self)
         self.dashboard_logger.train_epoch_stats(self.total_steps_done, self.keep_avg_train.means)
-        return len(loader)
+        if self.config.model_param_stats:
+            self.dashboard_logger.model_weights(self.model, self.total_steps_done)
+        return n
 
     def train_step(self, batches: list[Any]) -> tuple[Batch, dict[str, Any]]:
         """One update of every optimizer's weights from the batches of one accumulation window.
-
-        Each optimizer in turn sees all the batches, so that accumulating is the same as one larger batch: the second
-        optimizer's losses are computed with what the first one has updated.
 
         Returns:
             The last batch, as the model saw it, and its outputs (of optimizer ``i`` named ``NAME_i``, if several).
         """
         self.callbacks("on_train_step_start", self)
         self._rates = {f"current_lr{self._suffix(i)}": o.param_groups[0]["lr"] for i, o in enumerate(self.optimizer)}
-        batches = [self.format_batch(batch) for batch in batches]
-        samples = [count_samples(batch) for batch in batches]
-        step, outputs = self.total_steps_done + 1, {}
+        self.guard.begin(self.total_steps_done + 1, batches)
+        self._has_updated = False
+        formatted, samples = zip(*map(self.prepare, batches))
+        total, self._agreed = self.ranks.agree(sum(samples), self._signals.received)
+        # the share of the window's samples: their mean, over the ranks too, is what is minimised
+        weights = [n / total for n in samples]
+        optimize = self._optimize if self.manual is None else self.manual.run
+        outputs = optimize(formatted, samples, weights)
+        self.precision.update()
+        self.ranks.broadcast_buffers(self.model)
+        if self.ema is not None and self._has_updated:
+            self.ema.update()
+        self.total_steps_done += 1
+        self.batches_done += len(batches)
+        self.callbacks("on_train_step_end", self)
+        return formatted[-1], outputs
+
+    def _optimize(self, batches: list[Batch], samples: list[int], weights: list) -> dict[str, Any]:
+        """Each optimizer in turn sees all batches of the window, so that accumulating is the same as one larger batch:
+        the second optimizer's losses are computed with what the first one has updated.
+        """
+        outputs: dict[str, Any] = {}
         for idx, optimizer in enumerate(self.optimizer):
             suffix, any_loss = self._suffix(idx), False
             # of several optimizers' weights, only this one's need gradients now
             parameters = optimizers.parameters_of(optimizer) if suffix else None
-            for batch, n in zip(batches, samples):
+            for batch, n, weight in zip(batches, samples, weights):
                 with self.precision.autocast():
-                    found, losses = self._model_step("train_step", batch, idx)
-                if losses is None:
+                    found, losses = call_step(self.model, "train_step", batch, self.criterion[idx], self._index(idx))
+                if not losses:
                     continue
                 any_loss = True
                 self.callbacks("before_backward_pass", losses, self.optimizer)
-                # the share of the window's samples: their mean is what is minimised
-                self.precision.backward(losses["loss"], n / sum(samples), parameters)
-                self.keep_avg_train.add(step, self._named(losses, idx), n)
+                self.guard.saw(losses["loss"])
+                self.precision.backward(losses["loss"], weight, parameters)
+                self.keep_avg_train.add(
+                    self.total_steps_done + 1, named(losses, self._index(idx), self._loss_owners), n
+                )
                 outputs.update({f"{name}{suffix}": value for name, value in (found or {}).items()})
-            if any_loss:
-                norm = self._update(idx)
-                scaled = self.precision.scaler.is_enabled()
-                self.keep_avg_train.add(step, {f"grad_norm{suffix}": norm}, sum(samples), must_be_finite=not scaled)
-        self.precision.update()
-        self.total_steps_done += 1
-        self.batches_done += len(batches)
-        self.callbacks("on_train_step_end", self)
-        return batches[-1], outputs
+            if self.update(idx, any_loss):
+                optimizers.step_schedulers(self.scheduler, self.scheduler_units, "step", {idx})
+            optimizer.zero_grad(set_to_none=True)
+        return outputs
 
-    def _update(self, idx: int) -> torch.Tensor:
-        """Unscale, measure and clip the gradients, step the optimizer and its scheduler; returns the true norm."""
-        optimizer = self.optimizer[idx]
+    def update(self, idx: int, has_loss: bool = True) -> bool:
+        """Sum an optimizer's gradients over the ranks, unscale, measure, check, clip, and step; False if it was not."""
+        optimizer, losses = self.optimizer[idx], self.guard.sum_of_losses()
+        if not self.ranks.sum_gradients(optimizers.parameters_of(optimizer), losses, has_loss):
+            return False  # skipped by the model, on all ranks
         self.precision.unscale(optimizer)
         self.callbacks("before_gradient_clipping")
-        norm = optimizers.gradient_norm(optimizer, self._max_norms[idx])
-        if self.precision.step(optimizer):
-            self.stepped_optimizers.add(idx)
-            if not self.config.scheduler_after_epoch:
-                optimizers.step_schedulers(self.scheduler, {idx})
-        optimizer.zero_grad(set_to_none=True)
-        return norm
+        norm = optimizers.gradient_norm(optimizer)
+        name = f"grad_norm{self._suffix(idx)}"
+        self.keep_avg_train.add(self.total_steps_done + 1, {name: norm}, 1, must_be_finite=False)
+        if not self.guard.allows(optimizer, losses, norm):
+            return False
+        optimizers.clip_gradients(optimizer, self._max_norms[idx], norm)
+        optimizer.step()
+        self._has_updated = True
+        self.stepped_optimizers.add(idx)
+        return True
 
     def _after_update(self, updates: int, shown: tuple[Batch, dict[str, Any]] | None) -> None:
         """What is due after an update: print, plot, save, evaluate. Only here does the host wait for the device."""
@@ -234,125 +290,94 @@ class Trainer:
             average.read()
             times, left = self._clock.read(), self._clock.time_left(self._updates_left(updates))
             rates = {name: float(rate) for name, rate in self._rates.items()}
-            values = {**average.last, **rates, **self.precision.stats()}
+            values = {**average.last, **rates, **self.precision.stats(), **self.guard.stats()}
         if printing:
             self.c_logger.print_train_step(step, values, average.means, times, left)
         if shown is not None:
             self.dashboard_logger.train_step_stats(step, {**values, **times})
-            self._show("train_log", *shown)
+            self.show("train_log", *shown)
+            self._clock.restart()
         if config.save_checkpoints and step % config.save_step == 0:
             self.save_checkpoint()
+            self._clock.restart()
+        if config.save_checkpoints and step % (config.log_model_step or config.save_step) == 0:
+            self.log_checkpoint()
         if config.run_eval and config.run_eval_steps and step % config.run_eval_steps == 0:
             self._evaluate_and_keep_best()
 
     # ---- evaluate ----
 
-    @torch.inference_mode()
     def evaluate(self) -> dict[str, float] | None:
-        """Mean losses over the evaluation samples, each sample counted once; None when Ctrl-C came in between.
-
-        The generators are freshly seeded, so that evaluations draw the same numbers, and are put back after it.
-        """
+        """Mean losses over the evaluation samples, each sample counted once; None when Ctrl-C came in between."""
         self.open_run()
-        start, self.keep_avg_eval, shown = time.perf_counter(), Averages("evaluation batch"), None
-        self.model.eval()
-        with forked_rng(self.config.training_seed):
+        start, shown = time.perf_counter(), None
+        self.keep_avg_eval = self._averages("evaluation batch")
+        with self._evaluating():
+            self.callbacks("on_eval_epoch_start", self)
             # with overfit_batch: the one batch of the training
             loader = self.get_loader(is_eval=not self.args.overfit_batch)
-            for i, batch in enumerate(itertools.islice(loader, 1 if self.args.overfit_batch else None), start=1):
-                if self._signals.received is not None:
-                    break
-                batch, outputs = self.format_batch(batch), {}
-                for idx in range(len(self.optimizer)):
-                    with self.precision.autocast():
-                        found, losses = self._model_step("eval_step", batch, idx)
-                    if losses is not None:
-                        self.keep_avg_eval.add(i, self._named(losses, idx), count_samples(batch))
-                        outputs.update({f"{k}{self._suffix(idx)}": v for k, v in (found or {}).items()})
-                if self.config.print_eval:
-                    self.keep_avg_eval.read()
-                    self.c_logger.print_eval(f"batch {i}", self.keep_avg_eval.last)
+            batches = itertools.islice(self.rest_of_epoch(loader, 0, 0), 1 if self.args.overfit_batch else None)
+            for i, batch in enumerate(batches, start=1):
+                _, self._agreed = self.ranks.agree(0, self._signals.received)
+                if self._signal is not None:
+                    return None
+                batch, outputs = self.eval_step(batch, i)
                 # the first batch holds the same samples every time: what is shown of it can be compared
                 shown = shown or (batch, outputs)
-        is_whole = self._signals.received is None and shown is not None
-        if is_whole:
             self.keep_avg_eval.read()
             step, means = self.total_steps_done, self.keep_avg_eval.means
             self.c_logger.print_eval(f"step {step}", means, time.perf_counter() - start)
             self.dashboard_logger.eval_stats(step, means)
-            self._show("eval_log", *shown)
-        self.model.train()
-        return self.keep_avg_eval.means if is_whole else None
+            self.show("eval_log", *shown)
+            self.callbacks("on_eval_epoch_end", self)
+        return means
 
-    def _evaluate_and_keep_best(self) -> None:
+    def eval_step(self, batch: Any, number: int) -> tuple[Batch, dict[str, Any]]:
+        """Losses of an evaluation batch, for every optimizer; returns the batch and the outputs."""
+        self.callbacks("on_eval_step_start", self)
+        (batch, samples), outputs = self.prepare(batch), {}
+        for idx, criterion in eval_passes(self.model, self.criterion):
+            with self.precision.autocast():
+                found, losses = call_step(
+                    self.model, "eval_step", batch, criterion, idx, needs_loss=self.manual is None
+                )
+            if losses:
+                values = named(losses, idx, self._loss_owners)
+                self.keep_avg_eval.add(number, values, samples)
+                outputs.update({k if idx is None else f"{k}_{idx}": v for k, v in (found or {}).items()})
+        if self.config.print_eval:
+            self.keep_avg_eval.read()
+            self.c_logger.print_eval(f"batch {number}", self.keep_avg_eval.last)
+        self.callbacks("on_eval_step_end", self)
+        return batch, outputs
+
+    @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Eval mode, averaged weights, freshly seeded generators; all is put back as it was.
+
+        Evaluations then draw the same numbers every time, and the training does not depend on them.
+        """
+        modes = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
+        averaged = contextlib.nullcontext() if self.ema is None else self.ema.swapped()
+        try:
+            with averaged, torch.inference_mode(), forked_rng(self._seed):
+                yield
+        finally:
+            for module, training in modes:
+                module.training = training
+            self._clock.restart()
+
+    def _evaluate_and_keep_best(self, is_extra: bool = False) -> None:
         if self.last_eval_step != self.total_steps_done and (means := self.evaluate()) is not None:
             self.last_eval_step = self.total_steps_done
-            self._keep_best(means)
+            self.keep_best("eval_loss", means, is_extra)
 
-    def _keep_best(self, means: Mapping[str, float]) -> None:
-        """Save best_model.pth when the target loss is lower than ever before."""
-        loss = target_loss(means, self.config.target_loss, len(self.optimizer))
-        if loss >= self.best_loss or self.total_steps_done <= self.config.save_best_after:
-            return
-        self.best_loss = loss
-        self.c_logger.print(f"best model so far: {self.config.target_loss or 'loss'} {loss:.5g}")
-        if self.config.save_checkpoints:
-            checkpoints.save_best(self)
+    # ---- small things ----
 
-    @torch.inference_mode()
-    def test(self) -> None:
-        """Call the model's test_run and test_log, if it has them."""
-        if not overrides(self.model, "test_run"):
-            return
-        self.model.eval()
-        with forked_rng(self.config.training_seed):
-            outputs = self.model.test_run(self)
-            if overrides(self.model, "test_log"):
-                self.model.test_log(outputs, self.dashboard_logger, self.total_steps_done)
-        self.dashboard_logger.flush()
-        self.model.train()
-        self._clock.restart()
-
-    def _show(self, hook: str, batch: Batch, outputs: dict[str, Any]) -> None:
-        if overrides(self.model, hook):
-            with torch.no_grad(), forked_rng(self.config.training_seed):
-                getattr(self.model, hook)(batch, outputs, self.dashboard_logger, self.total_steps_done)
-        self.dashboard_logger.flush()
-        self._clock.restart()
-
-    # ---- batches ----
-
-    def get_loader(self, is_eval: bool) -> DataLoader:
-        """The training or evaluation loader: the one handed over, else the model's, built once."""
-        name, samples = ("eval_loader", self.eval_samples) if is_eval else ("train_loader", self.train_samples)
-        if getattr(self, name) is None:
-            setattr(self, name, self.model.get_data_loader(self.config, is_eval=is_eval, samples=samples, verbose=True))
-        if len(getattr(self, name)) == 0:
-            raise ValueError(f"the {name} has no batch: check its samples, and drop_last with its batch size")
-        return getattr(self, name)
-
-    def _windows(self, loader: DataLoader) -> Iterator[list[Any]]:
-        """The rest of this epoch's batches, in lists of grad_accum_steps."""
-        if self.args.overfit_batch:
-            batches = itertools.repeat(next(iter(loader)), len(loader) - self.batches_done)
-        else:
-            batches = rest_of_epoch(loader, self.epochs_done, self.batches_done)
-        while window := list(itertools.islice(batches, self.args.grad_accum_steps)):
-            yield window
-
-    def format_batch(self, batch: Any) -> Batch:
-        """The loader's batch through format_batch, onto the device, through format_batch_on_device."""
-        batch = to_device(self.model.format_batch(batch), self.device)
-        return self.model.format_batch_on_device(batch)
-
-    def _model_step(self, method: str, batch: Batch, idx: int) -> tuple[Outputs, Losses]:
-        arguments = (idx,) if len(self.optimizer) > 1 else ()
-        outputs, losses = getattr(self.model, method)(batch, self.criterion[idx], *arguments)
-        check_losses(self.model, method, losses)
-        return outputs, losses
-
-    def _named(self, losses: dict[str, Any], idx: int) -> dict[str, torch.Tensor]:
-        return named(losses, idx if len(self.optimizer) > 1 else None, self._loss_owners)
+    def _index(self, idx: int) -> int | None:
+        """The optimizer_idx of a step: None when there is one optimizer."""
+        return idx if len(self.optimizer) > 1 else None
 
     def _suffix(self, idx: int) -> str:
         return f"_{idx}" if len(self.optimizer) > 1 else ""
@@ -361,40 +386,3 @@ class Trainer:
         done = math.ceil(self.batches_done / self.args.grad_accum_steps)
         left = (self.config.epochs - self.epochs_done) * updates - done
         return left if self.config.max_steps is None else min(left, self.config.max_steps - self.total_steps_done)
-
-    # ---- the run's folder ----
-
-    def open_run(self) -> None:
-        """Make the run's folder (or go on in continue_path's), open its logs, and restore what is asked for."""
-        if self._open:
-            return
-        self._open, first, source = True, self.output_path is None, self.args.restore_path
-        if first and self.args.continue_path:
-            self.output_path = Path(self.args.continue_path)
-            source = checkpoints.newest_checkpoint(self.output_path)
-        elif first:
-            self.output_path = new_run_folder(self._output_root, self.config.run_name)
-        self.c_logger.open(self.output_path / "trainer_0_log.txt")
-        self.dashboard_logger = self._given_dashboard or new_dashboard(self.config, self.output_path)
-        if not first:
-            return
-        checkpoints.write_file(self.output_path / "config.json", lambda f: f.write(self.config.to_json().encode()))
-        self.dashboard_logger.add_config(self.config)
-        self.c_logger.print_start(self.output_path, self.model, self.device, self.config)
-        self.callbacks("on_init_start", self)
-        if source:
-            checkpoints.restore(self, source, whole=bool(self.args.continue_path))
-        self.callbacks("on_init_end", self)
-
-    def close_run(self) -> None:
-        """Say how to go on; flush and close the logs."""
-        if self._open:
-            self.c_logger.print_end(self.output_path, can_continue=checkpoints.exist_in(self.output_path))
-            self.dashboard_logger.finish()
-            self.c_logger.close()
-            self._open = False
-
-    def save_checkpoint(self) -> None:
-        """Save checkpoint_<step>.pth and delete the oldest beyond save_n_checkpoints."""
-        self.c_logger.print(f"saved {checkpoints.save_step(self)}")
-        self._clock.restart()

@@ -1,5 +1,6 @@
 """The loader: the order is a function of (seed, epoch, data set), and so are the random choices made for a sample."""
 
+import itertools
 import os
 import random
 import signal
@@ -8,9 +9,16 @@ import wave
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, WeightedRandomSampler
 
-from trainer.data.loader import BucketBatchSampler, build_loader, rest_of_epoch
+from trainer.data.loader import (
+    BucketBatchSampler,
+    DistributedSamplerWrapper,
+    Repeated,
+    build_loader,
+    rest_of_epoch,
+    shard,
+)
 
 forks = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
@@ -314,3 +322,234 @@ class TestRestOfEpoch:
         orders = [list(rest_of_epoch(loader, epoch, 0)) for epoch in (0, 1, 0)]
         assert orders[0] == orders[2] != orders[1]
         assert sampler.epoch == 0
+
+    def test_a_batch_sampler_is_told_the_epoch(self):
+        batches = DistributedSamplerWrapper(BatchSampler(range(8), 2, False), num_replicas=2, rank=1)
+        list(rest_of_epoch(DataLoader(list(range(8)), batch_sampler=batches), 3, 0))
+        assert batches.epoch == 3
+
+
+def on_all_ranks(make_loader, world_size, epoch=0, start=0):
+    """The batches of every rank, as rest_of_epoch gives them."""
+    loaders = [shard(make_loader(), rank, world_size, seed=5) for rank in range(world_size)]
+    longest = max(map(len, loaders))
+    return [list(rest_of_epoch(loader, epoch, start, longest)) for loader in loaders]
+
+
+def steps_of(ranks):
+    """For each step the samples that count, of all ranks together."""
+    own = [[[] if isinstance(batch, Repeated) else batch for batch in batches] for batches in ranks]
+    return [sorted(itertools.chain(*step)) for step in zip(*own, strict=True)]
+
+
+def plain(samples, **settings):
+    return lambda: DataLoader(list(range(samples)), collate_fn=list, **settings)
+
+
+def ours(samples, batch_size, **settings):
+    settings = {"collate_fn": list, "seed": 3, "shuffle": True, **settings}
+    return lambda: build_loader(list(range(samples)), batch_size, **settings)
+
+
+class Stream(IterableDataset):
+    """Without a length."""
+
+    def __iter__(self):
+        return iter([1, 2])
+
+
+class TestSeveralRanks:
+    """Each rank takes its share of global batches that are the same for any number of ranks."""
+
+    @pytest.mark.parametrize("world_size", [2, 3, 4])
+    @pytest.mark.parametrize("samples", [24, 25, 26, 35, 37, 5, 1])
+    @pytest.mark.parametrize("lengths", [False, True])
+    def test_our_global_batches_are_those_of_one_rank(self, world_size, samples, lengths):
+        given = np.random.default_rng(0).integers(1, 50, samples) if lengths else None
+        for epoch in (0, 3):
+            alone = [list(rest_of_epoch(ours(samples, 12, lengths=given)(), epoch, 0))]
+            ranks = on_all_ranks(ours(samples, 12 // world_size, lengths=given), world_size, epoch)
+            assert steps_of(ranks) == steps_of(alone)
+            assert sorted(i for step in steps_of(ranks) for i in step) == list(range(samples))
+
+    def test_a_share_is_as_large_as_the_others(self):
+        for samples, sizes in ((24, [4, 4, 4]), (19, [3, 2, 2]), (15, [1, 1, 1]), (13, [1, 0, 0])):
+            ranks = on_all_ranks(ours(samples, 4, shuffle=False), 3)
+            last = [0 if isinstance(batches[-1], Repeated) else len(batches[-1]) for batches in ranks]
+            assert (samples, last) == (samples, sizes)
+            assert all(len(batch) == 4 for batches in ranks for batch in batches[:-1])
+
+    def test_a_rank_without_samples_repeats_the_first_ranks(self):
+        ranks = on_all_ranks(ours(13, 4, shuffle=False), 3)
+        assert ranks[0][-1] == [12]
+        assert ranks[1][-1] == ranks[2][-1] == Repeated([12])
+        assert not any(isinstance(batch, Repeated) for batches in ranks for batch in batches[:-1])
+        assert [batches[-1] for batches in on_all_ranks(ours(14, 4, shuffle=False), 3)] == [[12], [13], Repeated([12])]
+
+    def test_the_place_of_the_short_batch_changes_with_the_epoch(self):
+        lengths, places = np.arange(1, 26), set()
+        for epoch in range(12):
+            second = on_all_ranks(ours(25, 4, lengths=lengths), 2, epoch)[1]
+            places.add(tuple(i for i, batch in enumerate(second) if isinstance(batch, Repeated)))
+        assert all(len(place) == 1 for place in places)
+        assert len(places) > 1
+
+    def test_resume_in_the_middle(self):
+        for make in (ours(25, 4), plain(25, batch_size=4, shuffle=True)):
+            whole = on_all_ranks(make, 2, epoch=2)
+            assert len(whole[0]) == 4
+            for start in (1, 3, 4):
+                assert on_all_ranks(make, 2, epoch=2, start=start) == [batches[start:] for batches in whole]
+
+    @pytest.mark.parametrize("world_size", [2, 4])
+    def test_a_plain_loader_is_split(self, world_size):
+        steps = steps_of(on_all_ranks(plain(19, batch_size=8 // world_size), world_size))
+        assert steps == [list(range(0, 8)), list(range(8, 16)), [16, 17, 18]]
+        shuffled = plain(19, batch_size=8 // world_size, shuffle=True)
+        orders = [steps_of(on_all_ranks(shuffled, world_size, epoch)) for epoch in (0, 1, 0)]
+        assert orders[0] == orders[2] != orders[1]
+        assert sorted(i for step in orders[1] for i in step) == list(range(19))
+        assert orders[0] == steps_of(on_all_ranks(plain(19, batch_size=4, shuffle=True), 2))
+
+    def test_a_loader_with_a_generator_keeps_the_order_of_one_rank(self):
+        def make(batch_size):
+            return plain(19, batch_size=batch_size, shuffle=True, generator=torch.Generator().manual_seed(1))()
+
+        assert steps_of(on_all_ranks(lambda: make(4), 2)) == [sorted(batch) for batch in make(8)]
+
+    @pytest.mark.parametrize("sampler", [RandomSampler, lambda d: WeightedRandomSampler([1.0] * 19, 19, False)])
+    def test_samplers_draw_the_same_whatever_state_a_rank_is_in(self, sampler):
+        def make():
+            torch.rand(int(torch.randint(9, ())))
+            return DataLoader(list(range(19)), batch_size=4, sampler=sampler(range(19)), collate_fn=list)
+
+        before = torch.get_rng_state()
+        shard(make(), 1, 2, seed=5)
+        torch.set_rng_state(before)
+        assert sorted(i for step in steps_of(on_all_ranks(make, 2)) for i in step) == list(range(19))
+
+    def test_drop_last_drops_from_global_batches(self):
+        for make in (ours(19, 4, shuffle=False, drop_last=True), plain(19, batch_size=4, drop_last=True)):
+            assert steps_of(on_all_ranks(make, 2)) == [list(range(0, 8)), list(range(8, 16))]
+        settings = {"lengths": np.arange(25), "drop_last": True}
+        ranks = on_all_ranks(ours(25, 4, **settings), 2)
+        assert steps_of(ranks) == [sorted(batch) for batch in ours(25, 8, **settings)()]
+        assert all(len(batch) == 4 for batches in ranks for batch in batches)
+        with pytest.raises(ValueError, match="batch_size=4 on 3 ranks with drop_last leaves no batch of 10 samples"):
+            shard(ours(10, 4, drop_last=True)(), 0, 3, seed=0)
+
+    def test_what_is_drawn_for_a_sample_does_not_depend_on_the_ranks(self):
+        alone, found = draws(drawing_loader(), 1), {}
+        for rank in range(2):
+            found.update(draws(shard(drawing_loader(), rank, 2, seed=0), 1))
+        assert found == alone
+
+    @forks
+    def test_a_split_loader_keeps_its_settings(self):
+        class MyLoader(DataLoader):
+            pass
+
+        loader = MyLoader(
+            list(range(10)), batch_size=2, collate_fn=tuple, num_workers=1, persistent_workers=True, prefetch_factor=3
+        )
+        list(loader)
+        split = shard(loader, 1, 2, seed=0)
+        assert type(split) is MyLoader
+        assert (split.num_workers, split.prefetch_factor, split.persistent_workers) == (1, 3, True)
+        for _ in range(2):
+            assert list(split) == [(1, 3), (5, 7), (9,)]
+        assert list(loader) == [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9)]
+        assert len(split) == 3
+
+    def test_the_sampler_of_a_split_loader_is_told_the_epoch(self):
+        class Turning(list):
+            def set_epoch(self, epoch):
+                self.append(self.pop(0) + epoch)
+
+        def make():
+            return DataLoader(list(range(20)), batch_size=2, sampler=Turning(range(8)), collate_fn=list)
+
+        assert steps_of(on_all_ranks(make, 2, epoch=9)) == [[1, 2, 3, 4], [5, 6, 7, 9]]
+
+    def test_one_rank_gets_the_loader_itself(self):
+        loader = plain(4)()
+        assert shard(loader, 0, 1, seed=0) is loader
+
+    def test_what_the_script_has_split_is_left_alone(self):
+        data = list(range(8))
+        samplers = [
+            {"sampler": torch.utils.data.DistributedSampler(data, num_replicas=2, rank=1), "batch_size": 2},
+            {"sampler": DistributedSamplerWrapper(RandomSampler(data), num_replicas=2, rank=1), "batch_size": 2},
+            {"batch_sampler": DistributedSamplerWrapper(BatchSampler(data, 2, False), num_replicas=2, rank=1)},
+        ]
+        for settings in samplers:
+            loader = DataLoader(data, **settings)
+            assert shard(loader, 1, 2, seed=0) is loader
+
+    def test_ranks_with_fewer_batches_repeat_their_last(self):
+        def make(rank):
+            sampler = DistributedSamplerWrapper(range(9), num_replicas=2, rank=rank)
+            return DataLoader(list(range(9)), batch_size=2, sampler=sampler, collate_fn=list)
+
+        assert list(rest_of_epoch(make(0), 0, 0, 3)) == [[0, 2], [4, 6], [8]]
+        assert list(rest_of_epoch(make(1), 0, 0, 3)) == [[1, 3], [5, 7], Repeated([5, 7])]
+        assert list(rest_of_epoch(make(1), 0, 2, 3)) == [Repeated([5, 7])]
+        assert list(rest_of_epoch(make(1), 0, 3, 4)) == [Repeated([5, 7])]
+        empty = DataLoader([], batch_size=2)
+        with pytest.raises(ValueError, match="no batch, and another rank's has 3"):
+            list(rest_of_epoch(empty, 0, 0, 3))
+
+    @pytest.mark.parametrize(
+        ("loader", "kind", "message"),
+        [
+            ([[1, 2]], TypeError, "a list cannot be split over 2 ranks: use a DataLoader"),
+            (DataLoader(Stream(), batch_size=2), ValueError, "IterableDataset Stream"),
+            (DataLoader([1, 2], batch_sampler=[[0], [1]]), ValueError, r"\(list\).*DistributedSamplerWrapper"),
+            (DataLoader([1, 2], batch_size=None), ValueError, "batch_size=None.*DistributedSamplerWrapper"),
+        ],
+    )
+    def test_what_cannot_be_split_is_refused(self, loader, kind, message):
+        with pytest.raises(kind, match=message):
+            shard(loader, 0, 2, seed=0)
+
+
+class TestDistributedSamplerWrapper:
+    """Any sampler split over ranks."""
+
+    def make(self, rank, sampler=None, **settings):
+        return DistributedSamplerWrapper(sampler or RandomSampler(range(11)), num_replicas=3, rank=rank, **settings)
+
+    def test_every_index_once(self):
+        for epoch in (0, 4):
+            shares = []
+            for rank in range(3):
+                torch.rand(rank)
+                sampler = self.make(rank)
+                sampler.set_epoch(epoch)
+                shares.append(list(sampler))
+                assert len(sampler) == len(shares[-1])
+            assert [len(share) for share in shares] == [4, 4, 3]
+            assert sorted(itertools.chain(*shares)) == list(range(11))
+
+    def test_epochs_and_seeds_differ(self):
+        def order(epoch, seed):
+            sampler = self.make(0, seed=seed)
+            sampler.set_epoch(epoch)
+            return list(sampler)
+
+        assert order(1, 0) == order(1, 0)
+        assert len({tuple(order(epoch, seed)) for epoch in (0, 1) for seed in (0, 1)}) == 4
+
+    def test_the_process_keeps_its_random_state(self):
+        before = torch.get_rng_state(), random.getstate()
+        list(self.make(0))
+        assert torch.equal(torch.get_rng_state(), before[0])
+        assert random.getstate() == before[1]
+
+    def test_batches_are_split_and_the_inner_sampler_is_told_the_epoch(self):
+        inner = BucketBatchSampler(11, 2, seed=0, shuffle=True)
+        sampler = self.make(1, inner)
+        sampler.set_epoch(6)
+        assert inner.epoch == 6
+        assert list(sampler) == list(inner)[1::3]
+        assert sampler.dataset is inner  # where scripts look for it

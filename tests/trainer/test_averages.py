@@ -194,5 +194,48 @@ class TestTargetLoss:
     def test_unknown(self):
         with pytest.raises(ValueError, match="target_loss='mell': not among the losses loss, loss_0, loss_1, mel"):
             target_loss(self.means, "mell", 1)
-        with pytest.raises(ValueError, match="target_loss='loss_2'"):
-            target_loss(self.means, None, 3)
+
+    @pytest.mark.parametrize(
+        ("means", "optimizers", "expected"),
+        [
+            ({"loss_1": 4.0}, 2, 4.0),  # the first optimizer was skipped
+            ({"loss": 2.0, "real": 9.0}, 2, 2.0),  # one eval_step for both
+            ({"loss_gen": 1.0}, 2, None),
+            ({"mel": 1.0}, 1, None),
+        ],
+    )
+    def test_losses_that_are_not_there(self, means, optimizers, expected):
+        assert target_loss(means, None, optimizers) == expected
+
+
+def test_ranks_are_averaged_together():
+    others = [(7, "loss", 4.0, 3.0, True), (7, "grad_norm", 2.0, 1.0, False)]
+    averages = Averages(gather=lambda own: [own, others])
+    averages.add(6, tensors(loss=9.0), 2)
+    averages.add(7, tensors(loss=1.0), 1)
+    averages.add(7, tensors(loss=100.0), 0)  # of a rank without samples
+    averages.read()
+    assert averages.last == {"loss": (1.0 + 4.0 * 3) / 4, "grad_norm": 2.0}
+    assert averages.means["loss"] == (9.0 * 2 + 1.0 + 4.0 * 3) / 6
+
+
+def test_every_rank_hears_of_a_value_that_is_not_finite():
+    averages = Averages(gather=lambda own: [own, [(3, "loss", math.nan, 1.0, True)]])
+    averages.add(3, tensors(loss=1.0), 1)
+    with pytest.raises(FloatingPointError, match="step 3: loss is nan"):
+        averages.read()
+
+
+def test_values_that_need_not_be_finite_are_left_out():
+    averages = Averages("evaluation batch", must_be_finite=False)
+    averages.add(1, tensors(loss=math.nan, mel=2.0), 1)
+    averages.add(2, tensors(loss=3.0, mel=4.0), 1)
+    averages.read()
+    assert averages.means == {"loss": 3.0, "mel": 3.0}
+
+
+def test_coquis_names():
+    averages = Averages()
+    averages.add(1, tensors(loss=1.0), 1)
+    assert averages["avg_loss"] == 1.0
+    assert averages.avg_values == {"avg_loss": 1.0}

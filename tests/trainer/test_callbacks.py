@@ -71,8 +71,17 @@ def test_an_exception_is_not_swallowed():
 
 
 def test_every_name_is_a_method_that_the_base_class_leaves_empty():
-    assert len(NAMES) == len(set(NAMES)) == 11
+    assert len(NAMES) == len(set(NAMES)) == 15
     for name in NAMES:
         assert not overrides(TrainerModel(), name)
         arguments = {"before_backward_pass": ({}, None), "before_gradient_clipping": ()}.get(name, (None,))
         assert getattr(TrainerModel(), name)(*arguments) is None
+
+
+def test_a_function_can_be_added_and_taken_away():
+    heard, callbacks = [], Callbacks(TrainerModel(), [])
+    remove = callbacks.add("on_epoch_end", heard.append)
+    callbacks("on_epoch_end", 1)
+    remove()
+    callbacks("on_epoch_end", 2)
+    assert heard == [1]

@@ -15,7 +15,8 @@ from trainer.checkpoint import (
     exist_in,
     list_checkpoints,
     load_checkpoint,
-    newest_checkpoint,
+    load_weights,
+    newest_first,
     remove_old_checkpoints,
     save_checkpoint,
     write_file,
@@ -100,6 +101,10 @@ class TestLoad:
         assert_is_state(load_checkpoint(path))
         assert_is_state(load_checkpoint(str(path)))
 
+    def test_mapped(self, tmp_path):
+        save_checkpoint(STATE, tmp_path / "c.pth")
+        assert_is_state(load_checkpoint(tmp_path / "c.pth", mapped=True))
+
     def test_from_a_url(self, tmp_path):
         save_checkpoint(STATE, tmp_path / "c.pth")
         with fsspec.open("memory://checkpoints/c.pth", "wb") as file:
@@ -120,7 +125,7 @@ class TestLoad:
         else:
             path.write_bytes(pickle.dumps({"model": {}, "x": Evil()}, protocol=2))
         with pytest.raises(
-            ValueError, match=r"evil\.pth: holds more than tensors and plain values, which could execute"
+            ValueError, match=r"evil\.pth: holds more than tensors and plain values, which could execute code: posix"
         ):
             load_checkpoint(path)
         assert not (tmp_path / "executed").exists()
@@ -160,7 +165,12 @@ class TestLoad:
         with pytest.raises(IsADirectoryError):
             load_checkpoint(tmp_path)
 
-    @pytest.mark.parametrize("content", [{"step": 1}, [1, 2], torch.zeros(2)])
+    def test_a_state_dict_alone_is_the_model(self, tmp_path):
+        torch.save({"w": torch.ones(2), "model": torch.zeros(1)}, tmp_path / "x.pth")
+        assert list(load_checkpoint(tmp_path / "x.pth")) == ["model"]
+        assert load_weights(tmp_path / "x.pth")["w"].tolist() == [1, 1]
+
+    @pytest.mark.parametrize("content", [{}, {"step": 1}, {"model": [1]}, [1, 2], torch.zeros(2)])
     def test_no_model(self, tmp_path, content):
         torch.save(content, tmp_path / "x.pth")
         with pytest.raises(ValueError, match=r"x\.pth: holds no model; give a checkpoint that the Trainer wrote"):
@@ -206,19 +216,31 @@ class TestFolder:
     def test_newest(self, tmp_path, steps, best, newest):
         self.fill(tmp_path, steps, best)
         assert exist_in(tmp_path)
-        assert newest_checkpoint(tmp_path) == tmp_path / newest
+        assert newest_first(tmp_path)[0] == tmp_path / newest
 
     def test_none(self, tmp_path):
         (tmp_path / "config.json").write_text("{}")
         assert not exist_in(tmp_path)
         with pytest.raises(FileNotFoundError, match=r"holds no checkpoint_<step>\.pth and no best_model\.pth"):
-            newest_checkpoint(tmp_path)
+            newest_first(tmp_path)
 
-    def test_a_damaged_best_model_is_named(self, tmp_path):
+    def test_a_damaged_best_model_comes_last(self, tmp_path):
         self.fill(tmp_path, [1])
         (tmp_path / "best_model.pth").write_bytes(b"damaged")
-        with pytest.raises(ValueError, match=r"best_model\.pth: .*damaged"):
-            newest_checkpoint(tmp_path)
+        assert [path.name for path in newest_first(tmp_path)] == ["checkpoint_1.pth", "best_model.pth"]
+
+    def test_a_best_model_without_a_step_is_named(self, tmp_path):
+        self.fill(tmp_path, [1])
+        torch.save({"model": {}}, tmp_path / "best_model.pth")
+        with pytest.raises(ValueError, match=r"best_model\.pth: holds weights only, no training to continue"):
+            newest_first(tmp_path)
+
+    def test_a_best_model_of_an_old_torch(self, tmp_path):
+        """Before 1.6 files were no archives."""
+        self.fill(tmp_path, [1])
+        state = {"model": {"w": torch.ones(2)}, "step": 5}
+        torch.save(state, tmp_path / "best_model.pth", _use_new_zipfile_serialization=False)
+        assert newest_first(tmp_path)[0] == tmp_path / "best_model.pth"
 
     @pytest.mark.parametrize(("keep", "left"), [(1, [100]), (2, [20, 100]), (3, [9, 20, 100]), (9, [9, 20, 100])])
     def test_remove_old(self, tmp_path, keep, left):

@@ -12,8 +12,8 @@ from typing import Any, Literal, Optional, Union
 import pytest
 
 from trainer import TrainerArgs, TrainerConfig, field, parse_command_line
+from trainer.checked_config import CheckedConfig
 from trainer.command_line import parse_value
-from trainer.config import CheckedConfig
 
 
 @dataclass
@@ -68,9 +68,17 @@ CASES = [
     ("lr=1e-4", "lr", 1e-4),
     ("lr=0.1,0.2", "lr", [0.1, 0.2]),
     ("lr=[0.1, 1]", "lr", [0.1, 1.0]),
+    # Coqui's Trainer crashes on this one, and on lr_scheduler's
     ("grad_clip=1.0", "grad_clip", 1.0),
+    ("grad_clip=-1", "grad_clip", -1.0),
+    ("grad_clip=none", "grad_clip", None),
+    ("optimizer=Adam,SGD", "optimizer", ["Adam", "SGD"]),
+    ("reinit_layers=decoder", "reinit_layers", ["decoder"]),
+    ("test_delay_epochs=-1", "test_delay_epochs", -1),
     ("lr_scheduler=StepLR", "lr_scheduler", "StepLR"),
     ("lr_scheduler=StepLR,ExponentialLR", "lr_scheduler", ["StepLR", "ExponentialLR"]),
+    ("lr_scheduler=StepLR,none", "lr_scheduler", ["StepLR", None]),
+    ("grad_clip=1.5,none", "grad_clip", [1.5, None]),
     ("lr_scheduler=none", "lr_scheduler", None),
     ('lr_scheduler_params={"gamma": 0.5}', "lr_scheduler_params", {"gamma": 0.5}),
     ('lr_scheduler_params=[{"gamma": 0.5}, {}]', "lr_scheduler_params", [{"gamma": 0.5}, {}]),
@@ -128,6 +136,18 @@ class TestSetting:
             "--coqpit.lr", "0.5", "--coqpit.empty.a", "1", "--coqpit.mixed_precision", "--small_run", "3"
         )
         assert (config.lr, config.empty, config.mixed_precision) == (0.5, {"a": 1}, True)
+
+    def test_a_list_takes_several_words(self):
+        config, _, _ = parse("--coqpit.lr", "1", "2", "--coqpit.names", "a,b", "c", "--coqpit.grad_clip", "1.0")
+        assert (config.lr, config.names, config.grad_clip) == ([1.0, 2.0], ["a,b", "c"], 1.0)
+        config, _, _ = parse("--coqpit.lr_scheduler", "StepLR", "--coqpit.optimizer", "Adam", "SGD")
+        assert (config.lr_scheduler, config.optimizer) == ("StepLR", ["Adam", "SGD"])
+
+    def test_after_an_equals_sign_a_list_takes_one_word(self):
+        parser = argparse.ArgumentParser()
+        parser.add_argument("data")
+        config, _, flags = parse("--coqpit.names=a,b", "here", parser=parser)
+        assert (config.names, flags.data) == (["a", "b"], "here")
 
     def test_the_whole_comes_before_its_parts(self):
         config, _, _ = parse("--coqpit.params.b=2", '--coqpit.params={"a": 1}')
@@ -219,6 +239,11 @@ class TestErrors:
             ("coqpit.absent.size=1", "--coqpit.absent.size='1': None has no items that could be set: give all of it"),
             ("coqpit.empty.a", "--coqpit.empty.a: needs a value"),
             ("coqpit.inner.siz=1", "--coqpit.inner.siz: unknown argument; did you mean '--coqpit.inner.size'?"),
+            (
+                'coqpit.optimizer_modules=[["a"], ["b"]]',
+                "--coqpit.optimizer_modules=[['a'], ['b']]: goes with optimizer, which is None; name one there, or "
+                "leave the modules to the model's get_optimizer()",
+            ),
             ("coqpit.maybe.siz=1", "--coqpit.maybe.siz='1': InnerConfig has no field 'siz'; did you mean 'size'?"),
         ],
     )
@@ -258,10 +283,10 @@ class TestContinuePath:
     def test_no_run(self, capsys, tmp_path):
         hint = "give the folder of a run, such as output/run-..."
         assert errors(capsys, f"--continue_path={tmp_path}") == [
-            f"--continue_path={tmp_path}: has no config.json; {hint}"
+            f"continue_path: {str(tmp_path)!r} has no config.json; {hint}"
         ]
-        missing = tmp_path / "missing"
-        assert errors(capsys, f"--continue_path={missing}") == [f"--continue_path={missing}: is no folder; {hint}"]
+        missing = str(tmp_path / "missing")
+        assert errors(capsys, f"--continue_path={missing}") == [f"continue_path: {missing!r} is no folder; {hint}"]
 
     def test_config_of_another_model(self, capsys, tmp_path):
         path = tmp_path / "config.json"

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from models.digits import DigitsConfig
 from models.vits import VitsConfig
 from trainer import ConfigError, TrainerArgs, TrainerConfig, field
-from trainer.config import CheckedConfig, convert, matches, metadata_of, type_name
+from trainer.checked_config import CheckedConfig, convert, matches, metadata_of, type_name
 
 
 @dataclass
@@ -106,6 +106,12 @@ class TestBuilding:
             "window='haming': must be one of 'hann', 'hamming'; did you mean 'hamming'?"
         ]
 
+    def test_optimizer_modules_without_an_optimizer(self):
+        modules = [["generator"], ["discriminator"]]
+        assert TrainerConfig(optimizer=["Adam", "SGD"], optimizer_modules=modules).optimizer_modules == modules
+        (problem,) = problems_of(lambda: TrainerConfig(optimizer_modules=modules))
+        assert problem.startswith("optimizer_modules=[['generator'], ['discriminator']]: goes with optimizer, which is")
+
     def test_nan_is_in_no_range(self):
         assert problems_of(lambda: TrainerConfig(lr=math.nan)) == ["lr=nan: must be at least 0"]
 
@@ -184,6 +190,8 @@ class TestAssigning:
 
     def test_check_finds_what_was_assigned(self):
         config = ModelConfig()
+        config.batch_size, config.grad_clip = 64, None
+        config.check()
         config.epochs = 3.7
         assert problems_of(config.check) == ["epochs=3.7 (float): must be int"]
 

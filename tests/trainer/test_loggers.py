@@ -92,6 +92,30 @@ class TestTensorboard:
         (event,) = read_events(tmp_path).Tensors("config/text_summary")
         assert '"run_name": "my run"' in event.tensor_proto.string_val[0].decode()
 
+    def test_what_the_run_is_for_is_written_with_the_config(self, dashboard, tmp_path):
+        dashboard.add_config(TrainerConfig(run_description="a longer warm-up"))
+        dashboard.flush()
+        event = read_events(tmp_path).Tensors("run_description/text_summary")[0]
+        assert event.tensor_proto.string_val[0].decode() == "a longer warm-up"
+
+    def test_parameter_statistics(self, dashboard, tmp_path):
+        model = nn.Linear(2, 1)
+        with torch.no_grad():
+            model.weight.copy_(torch.tensor([[1.0, 3.0]]))
+            model.bias.fill_(5.0)
+        dashboard.model_weights(model, 7)
+        dashboard.flush()
+        events = read_events(tmp_path)
+        found = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+        expected = {"mean": 2.0, "std": 1.0, "min": 1.0, "max": 3.0}
+        assert found == {
+            **{f"ModelWeights/weight/{k}": [(7, v)] for k, v in expected.items()},
+            **{
+                f"ModelWeights/bias/{k}": [(7, v)] for k, v in {"mean": 5.0, "std": 0.0, "min": 5.0, "max": 5.0}.items()
+            },
+        }
+        assert events.Tags()["histograms"] == ["ModelWeights/weight"]
+
     def test_finish_writes_everything_and_closes(self, tmp_path, monkeypatch):
         dashboard, closed = TensorboardLogger(tmp_path), []
         close = dashboard.writer.close
@@ -109,6 +133,13 @@ def test_the_dashboard_that_the_config_names(tmp_path):
     dashboard = new_dashboard(TrainerConfig(), tmp_path)
     assert type(dashboard) is TensorboardLogger
     dashboard.finish()
+
+
+def test_logger_uri_is_where_the_dashboard_writes(tmp_path):
+    dashboard = new_dashboard(TrainerConfig(logger_uri=str(tmp_path / "logs")), tmp_path / "run")
+    dashboard.finish()
+    assert list((tmp_path / "logs").glob("events*"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_base_writes_nothing(tmp_path, monkeypatch):
@@ -280,6 +311,26 @@ class TestConsole:
         lines = path.read_text(encoding="utf8").splitlines()
         assert [line[20:] for line in lines] == ["first start", "continued: é"]
         assert all(line[4] == line[7] == "-" and line[13] == ":" for line in lines)
+
+    def test_another_rank_writes_to_its_file_only(self, monkeypatch, tmp_path, bare_logging):
+        output = io.StringIO()
+        monkeypatch.setattr(console_module, "console", Console(file=output, force_terminal=True, width=80))
+        c_logger = ConsoleLogger()
+        c_logger.open(tmp_path / "log.txt", on_console=False)
+        c_logger.start_epoch(0, 1, 5, 0)
+        c_logger.advance()
+        c_logger.close()
+        assert output.getvalue() == ""
+        assert "epoch 1/1: 5 updates" in (tmp_path / "log.txt").read_text(encoding="utf8")
+
+    def test_warnings_say_so_in_the_log_file(self, tmp_path):
+        c_logger = ConsoleLogger()
+        c_logger.open(tmp_path / "log.txt")
+        c_logger.warn("going on")
+        c_logger.print("fine")
+        c_logger.close()
+        lines = (tmp_path / "log.txt").read_text(encoding="utf8").splitlines()
+        assert [line[20:] for line in lines] == ["warning: going on", "fine"]
 
     def test_start_and_end(self, monkeypatch, tmp_path):
         file = show_on(monkeypatch)

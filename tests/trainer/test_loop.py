@@ -1,6 +1,8 @@
 """The loop against plain PyTorch loops, bitwise, and all that it decides: accumulation, schedules, best model."""
 
 import json
+import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 from tests.trainer.toys import Toy, ToyConfig, ToyGan, assert_same_weights, build, collate, make_samples, weights_of
 from trainer import Trainer, TrainerArgs, TrainerModel
 from trainer.data.loader import BucketBatchSampler
+from trainer.loggers.base import DashboardLogger
 
 
 @pytest.fixture(autouse=True)
@@ -100,7 +103,8 @@ def test_accumulation_weighs_a_short_batch_by_its_samples():
     large.fit()
     for a, b in zip(small.model.parameters(), large.model.parameters()):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-    assert small.keep_avg_train.means == {}  # a new epoch's
+    means = [trainer.keep_avg_train.means["loss"] for trainer in (small, large)]
+    assert means[0] == pytest.approx(means[1], rel=1e-5)
     assert large.total_steps_done == 1
 
 
@@ -141,7 +145,7 @@ def test_an_optimizer_touches_only_its_own_gradients():
 
     trainer = build(ToyGan, callbacks={"before_gradient_clipping": note})
     trainer.open_run()
-    trainer.train_step(next(trainer._windows(trainer.get_loader(is_eval=False))))
+    trainer.train_step(next(trainer.windows(trainer.get_loader(is_eval=False))))
     generator, disc = [True, True, False, False], [False, False, True, True]
     assert seen == [disc, generator]
 
@@ -155,7 +159,7 @@ def test_none_skips_an_optimizer_in_this_update():
     trainer = build(Late, epochs=1, run_eval=False, lr_scheduler="ConstantLR", scheduler_after_epoch=False)
     before = weights_of(trainer.model)
     trainer.open_run()
-    windows = trainer._windows(trainer.get_loader(is_eval=False))
+    windows = trainer.windows(trainer.get_loader(is_eval=False))
     trainer.train_step(next(windows))
     after = weights_of(trainer.model)
     assert torch.equal(before["generator.weight"], after["generator.weight"])
@@ -191,7 +195,7 @@ def test_gradient_norms_are_the_true_ones():
         if name == "fp16":  # the default scale overflows at first, and the update is skipped
             trainer.precision.scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
         trainer.open_run()
-        trainer.train_step(next(trainer._windows(trainer.get_loader(is_eval=False))))
+        trainer.train_step(next(trainer.windows(trainer.get_loader(is_eval=False))))
         trainer.keep_avg_train.read()
         norms[name] = trainer.keep_avg_train.last["grad_norm"]
     _, expected = plain_loop(ToyConfig(), 1)
@@ -212,7 +216,7 @@ def test_grad_clip_per_optimizer():
 
         optimizer.step = noted
     trainer.open_run()
-    trainer.train_step(next(trainer._windows(trainer.get_loader(is_eval=False))))
+    trainer.train_step(next(trainer.windows(trainer.get_loader(is_eval=False))))
     trainer.keep_avg_train.read()
     last = trainer.keep_avg_train.last
     assert grads[0].item() == pytest.approx(0.01, rel=1e-3)
@@ -278,7 +282,7 @@ def test_the_best_model_is_the_one_with_the_lowest_eval_loss():
 
     trainer = build(Scripted, save_all_best=True)
     trainer.fit()
-    assert trainer.best_loss == 0.5
+    assert trainer.best_loss == {"train_loss": math.inf, "eval_loss": 0.5}
     state = torch.load(trainer.output_path / "best_model.pth", weights_only=True)
     assert state["step"] == 12  # the fourth of the epochs of 3 updates
     names = sorted(p.name for p in trainer.output_path.glob("best_model_*.pth"))
@@ -293,7 +297,7 @@ def test_target_loss_decides_and_save_best_after_waits():
 
     trainer = build(Two, target_loss="other", evaluation=4, save_best_after=7)
     trainer.fit()
-    assert trainer.best_loss == -6.0
+    assert trainer.best_loss["eval_loss"] == -6.0
     saved = torch.load(trainer.output_path / "best_model.pth", weights_only=True)
     assert saved["step"] == 18
     with pytest.raises(ValueError, match=r"target_loss='othr': not among the losses loss, other"):
@@ -303,7 +307,7 @@ def test_target_loss_decides_and_save_best_after_waits():
 def test_without_evaluation_the_train_loss_decides():
     trainer = build(run_eval=False, epochs=2)
     trainer.fit()
-    assert trainer.best_loss < 100
+    assert trainer.best_loss == {"train_loss": trainer.keep_avg_train.means["loss"], "eval_loss": None}
     assert (trainer.output_path / "best_model.pth").is_file()
 
 
@@ -311,7 +315,7 @@ def test_several_optimizers_are_judged_by_their_mean():
     trainer = build(ToyGan, epochs=1)
     trainer.fit()
     means = trainer.keep_avg_eval.means
-    assert trainer.best_loss == (means["loss_0"] + means["loss_1"]) / 2
+    assert trainer.best_loss["eval_loss"] == (means["loss_0"] + means["loss_1"]) / 2
     assert set(means) == {"loss_0", "real", "loss_1", "score"}
 
 
@@ -341,8 +345,8 @@ def test_overfit_batch_uses_one_batch_only():
     assert len(trainer.model.seen) == 60 * 3
     assert all(seen == trainer.model.seen[0] for seen in trainer.model.seen)
     # three weights and a bias fit four samples but for the noise, and evaluation sees the same batch
-    assert trainer.best_loss < 0.02
-    assert trainer.keep_avg_eval.means["loss"] == pytest.approx(trainer.best_loss, rel=0.2)
+    assert trainer.best_loss["eval_loss"] < 0.02
+    assert trainer.keep_avg_eval.means["loss"] == pytest.approx(trainer.best_loss["eval_loss"], rel=0.2)
 
 
 def test_overfit_batch_hands_out_a_fresh_dict_every_step():
@@ -446,6 +450,50 @@ def test_callbacks_in_order():
     assert calls == ["init_start", "init_end", "epoch 0", "train a", "train b", *middle, "train end", "end 0"]
 
 
+def test_evaluation_callbacks_on_model_criterion_and_functions():
+    calls = []
+
+    class Criterion(nn.MSELoss):
+        def on_eval_epoch_start(self, trainer):
+            calls.append("criterion start")
+
+    class Noting(Toy):
+        def get_criterion(self):
+            return Criterion()
+
+        def on_eval_step_start(self, trainer):
+            calls.append("batch")
+            assert not self.training
+
+        def on_eval_epoch_end(self, trainer):
+            calls.append(f"model end {sorted(trainer.keep_avg_eval.means)}")
+
+    functions = {"on_eval_step_end": lambda t: calls.append("done"), "on_eval_epoch_end": lambda t: calls.append("end")}
+    build(Noting, callbacks=functions).evaluate()
+    assert calls == ["criterion start", "batch", "done", "batch", "done", "model end ['loss']", "end"]
+
+
+def test_a_part_that_the_model_keeps_in_eval_mode_stays_so():
+    """As XTTS does: on_train_epoch_start, after train(), freezes parts; an evaluation in between changes nothing."""
+    modes = []
+
+    class Partly(Toy):
+        def on_train_epoch_start(self, trainer):
+            assert self.training
+            self.dropout.eval()
+
+        def train_step(self, batch, criterion):
+            modes.append((self.training, self.dropout.training))
+            return super().train_step(batch, criterion)
+
+        def eval_step(self, batch, criterion):
+            assert (self.training, self.layer.training) == (False, False)
+            return {}, {"loss": torch.zeros(())}
+
+    build(Partly, run_eval_steps=1, epochs=1).fit()
+    assert modes == [(True, False)] * 3
+
+
 def test_the_trainer_reads_the_command_line_by_itself(monkeypatch):
     """As in Coqui's scripts, which hand over args and config and leave sys.argv to the Trainer."""
     argv = ["train.py", "--coqpit.epochs=1", "--grad_accum_steps", "3", "--coqpit.optimizer_params.momentum=0.5"]
@@ -498,7 +546,7 @@ def test_mixed_precision_learns(precision):
     trainer = build(mixed_precision=True, precision=precision, epochs=30)
     first = trainer.evaluate()["loss"]
     trainer.fit()
-    assert trainer.best_loss < 0.05 * first
+    assert trainer.best_loss["eval_loss"] < 0.05 * first
     assert trainer.precision.scaler.is_enabled() is (precision == "fp16")
 
 
@@ -515,7 +563,7 @@ def test_an_overflow_skips_the_update_and_its_scheduler():
     trainer.precision.scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
     before = weights_of(trainer.model)
     trainer.open_run()
-    windows = trainer._windows(trainer.get_loader(is_eval=False))
+    windows = trainer.windows(trainer.get_loader(is_eval=False))
     scale = trainer.precision.scaler.get_scale()
     trainer.train_step(next(windows))
     assert_same_weights(before, weights_of(trainer.model))
@@ -528,7 +576,7 @@ def test_an_overflow_skips_the_update_and_its_scheduler():
 
 def test_the_run_folder_and_its_config():
     trainer = build(epochs=1, run_name="toy")
-    assert trainer.output_path is None  # building writes nothing
+    assert not Path("output").exists()  # building writes nothing
     trainer.fit()
     other = build(epochs=1, run_name="toy")
     other.fit()
@@ -542,8 +590,86 @@ def test_the_run_folder_and_its_config():
     assert "eval at step 3: loss" in log
 
 
+def test_optimizers_have_callbacks_too():
+    calls = []
+
+    class Listening(torch.optim.SGD):
+        def on_train_step_end(self, trainer):
+            calls.append(trainer.total_steps_done)
+
+    class Owning(Toy):
+        def get_optimizer(self):
+            return Listening(self.parameters(), lr=0.1)
+
+    build(Owning, epochs=1).fit()
+    assert calls == [1, 2, 3]
+
+
+def test_use_accelerate_is_one_warning(caplog):
+    trainer = build(args=TrainerArgs(use_accelerate=True), epochs=2)
+    trainer.fit()
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 1
+    assert "use_accelerate: the Trainer's own loop does what Accelerate is for" in warnings[0]
+    plain = build(epochs=2)
+    plain.fit()
+    assert_same_weights(weights_of(trainer.model), weights_of(plain.model))
+
+
+@pytest.mark.parametrize(("log_model_step", "expected"), [(None, [2, 4]), (3, [2, 6])])
+def test_the_newest_checkpoint_is_handed_to_the_dashboard(log_model_step, expected):
+    handed = []
+
+    class Dashboard(DashboardLogger):
+        def add_artifact(self, file_or_dir, name, artifact_type, aliases=None):
+            handed.append(int(file_or_dir.stem.removeprefix("checkpoint_")))
+            assert (name, artifact_type) == ("checkpoint", "model")
+            assert aliases[1].startswith("step-")
+
+    trainer = build(save_step=2, log_model_step=log_model_step, max_steps=6, epochs=2)
+    trainer.dashboard_logger = Dashboard()
+    trainer.fit()
+    # log_model_step=3: at step 3 the newest is of step 2
+    assert handed[:2] == expected
+
+
+def test_model_param_stats_are_written_after_every_epoch():
+    steps = []
+
+    class Dashboard(DashboardLogger):
+        def model_weights(self, model, step):
+            steps.append(step)
+
+    for settings in ({"model_param_stats": True}, {}):
+        trainer = build(epochs=2, **settings)
+        trainer.dashboard_logger = Dashboard()
+        trainer.fit()
+    assert steps == [3, 6]
+
+
 class TestBadInput:
     """Each with name, value and remedy."""
+
+    def test_a_batch_that_is_no_dict(self):
+        loader = torch.utils.data.DataLoader(make_samples(4), batch_size=4)
+        with pytest.raises(TypeError, match=r"Toy\.train_step: the batch is a list of 2 items, not a dict"):
+            build(train_loader=loader).fit()
+
+    def test_other_type_errors_of_the_model_come_out_as_they_are(self):
+        class Broken(Toy):
+            def train_step(self, batch, criterion):
+                return len(3)
+
+        with pytest.raises(TypeError, match=r"object of type 'int' has no len\(\)"):
+            build(Broken).fit()
+
+    def test_format_batch_without_return(self):
+        class Forgetful(Toy):
+            def format_batch(self, batch):
+                batch["x"] = batch["x"]
+
+        with pytest.raises(ValueError, match=r"Forgetful\.format_batch returned None: return the batch"):
+            build(Forgetful).fit()
 
     def test_no_samples(self):
         with pytest.raises(ValueError, match="data set is empty"):
@@ -554,13 +680,22 @@ class TestBadInput:
         with pytest.raises(ValueError, match="the train_loader has no batch"):
             build(train_loader=loader).fit()
 
-    @pytest.mark.parametrize("losses", [{}, {"loss": 1.0}, torch.ones(())])
+    @pytest.mark.parametrize("losses", [{"loss_gen": torch.ones(())}, {"loss": 1.0}, torch.ones(())])
     def test_losses_without_loss(self, losses):
         class Wrong(Toy):
             def train_step(self, batch, criterion):
                 return {}, losses
 
         with pytest.raises(ValueError, match=r"Wrong.train_step returned losses .* without a tensor 'loss'"):
+            build(Wrong).fit()
+
+    @pytest.mark.parametrize("losses", [None, {}])
+    def test_never_a_loss(self, losses):
+        class Wrong(Toy):
+            def train_step(self, batch, criterion):
+                return {}, losses
+
+        with pytest.raises(ValueError, match=r"Wrong\.train_step returned no loss for any batch of the epoch"):
             build(Wrong).fit()
 
     def test_loss_that_is_no_scalar(self):
@@ -580,7 +715,7 @@ class TestBadInput:
             build(Empty).fit()
 
     def test_lengths(self):
-        with pytest.raises(ValueError, match="3 grad_clip, 2 optimizers"):
+        with pytest.raises(ValueError, match="grad_clip: 3 entries"):
             build(ToyGan, grad_clip=[1.0, 1.0, 1.0])
 
     def test_model_of_another_base(self):

@@ -76,14 +76,16 @@ def test_a_base_class_alone_leaves_batches_as_they_are():
 class TestLosses:
     def test_sound(self):
         check_losses(Base(), "train_step", None)
+        check_losses(Base(), "train_step", {})
         check_losses(Base(), "train_step", {"loss": torch.ones(()), "kl": 3.0})
+        check_losses(Base(), "eval_step", {"loss_gen": torch.ones(())}, needs_loss=False)
 
     @pytest.mark.parametrize(
         ("losses", "found"),
         [
             ({"los": torch.ones(())}, "los"),
             ({"loss": 1.0}, "loss"),
-            ({}, ""),
+            ({"loss_gen": 1.0}, "loss_gen"),
             (torch.ones(()), "Tensor"),
             ([1], "list"),
         ],

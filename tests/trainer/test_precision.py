@@ -36,9 +36,9 @@ class TestFp32:
             plain(x).square().mean().backward()
             for a, b in zip(model.parameters(), plain.parameters()):
                 assert torch.equal(a.grad, b.grad)
-            assert precision.step(optimizers[0]) is True
             precision.update()
-            optimizers[1].step()
+            for optimizer in optimizers:
+                optimizer.step()
             for a, b in zip(model.parameters(), plain.parameters()):
                 assert torch.equal(a, b)
             for optimizer in optimizers:
@@ -90,6 +90,22 @@ def test_autocast_type(name, dtype):
     assert model(x).dtype is torch.float32
 
 
+def test_what_must_not_be_under_autocast():
+    precision, x = make("bf16"), torch.ones(2, 2)
+    with precision.autocast(), precision.no_autocast():
+        assert (x @ x).dtype is torch.float32
+    with make(None).no_autocast():
+        assert not torch.is_autocast_enabled("cpu")
+
+
+def test_backward_takes_tensors_as_weights_and_torchs_options():
+    parameter, precision = nn.Parameter(torch.tensor([2.0])), make(None)
+    loss = parameter.square().sum()
+    for _ in range(2):
+        precision.backward(loss, torch.tensor(0.25), None, retain_graph=True)
+    assert parameter.grad.tolist() == [2.0]  # 2 * 2 p / 4
+
+
 def test_bf16_is_not_scaled():
     parameter, precision = nn.Parameter(torch.tensor([2.0])), make("bf16")
     precision.backward(parameter.square().sum(), 1.0, None)
@@ -115,47 +131,48 @@ class TestFp16:
         for a, b, c in zip(model.parameters(), plain.parameters(), scaled):
             assert torch.equal(a.grad, c)  # a power of two divides exactly
             torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=float(largest) * 8 * 2**-11)
-        assert precision.step(optimizer) is True
+        precision.unscale(optimizer)  # a second time in one update: nothing
+        assert all(torch.equal(a.grad, c) for a, c in zip(model.parameters(), scaled))
 
-    def test_an_infinite_gradient_skips_the_step_and_halves_the_scale(self):
+    def test_an_infinite_gradient_halves_the_scale_once_an_update(self):
         good, bad = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
         optimizers = [torch.optim.SGD([parameter], lr=0.5) for parameter in (good, bad)]
         precision = make("fp16")
-        for factor, parameter, optimizer, stepped in zip((1.0, float("inf")), (good, bad), optimizers, (True, False)):
+        for factor, parameter, optimizer in zip((1.0, float("inf")), (good, bad), optimizers):
             precision.backward((parameter * factor).sum(), 1.0, [parameter])
             precision.unscale(optimizer)
-            assert precision.step(optimizer) is stepped
-        assert (good.tolist(), bad.tolist()) == ([0.5, 0.5], [1.0, 1.0])
-        assert precision.stats() == {"amp_scaler": 2.0**16}  # once an update, not once an optimizer
+        assert precision.stats()["amp_scaler"] == 2.0**16
         precision.update()
-        assert precision.stats() == {"amp_scaler": 2.0**15}
-        precision.backward(bad.sum(), 1.0, [bad])
-        assert bad.grad is not None
+        assert precision.stats() == {"amp_scaler": 2.0**15, "amp_skipped": 0}
 
-    def test_no_hook_stays_behind(self):
+    def test_the_next_update_unscales_again(self):
         parameter, precision = nn.Parameter(torch.ones(1)), make("fp16")
         optimizer = torch.optim.SGD([parameter], lr=0.1)
-        precision.backward(parameter.sum(), 1.0, None)
-        precision.step(optimizer)
-        assert len(optimizer._optimizer_step_post_hooks) == 0
-
-    def test_an_update_in_which_nothing_stepped_leaves_the_scale(self):
-        precision = make("fp16")
-        precision.update()
-        parameter = nn.Parameter(torch.ones(1))
-        optimizer = torch.optim.SGD([parameter], lr=0.1)
-        precision.backward(parameter.sum(), 1.0, None)
-        precision.step(optimizer)
-        for _ in range(2):  # GradScaler.update refuses to be called without a step
+        for _ in range(2):
+            parameter.grad = None
+            precision.backward(parameter.sum(), 1.0, None)
+            precision.unscale(optimizer)
+            assert parameter.grad.item() == 1.0
             precision.update()
-        assert precision.stats() == {"amp_scaler": 2.0**16}
+
+    def test_an_update_in_which_nothing_was_unscaled_leaves_the_scale(self):
+        precision = make("fp16")
+        for _ in range(2):  # GradScaler.update refuses to be called without
+            precision.update()
+        assert precision.stats()["amp_scaler"] == 2.0**16
+
+    def test_scaling_without_mixed_precision(self):
+        parameter = nn.Parameter(torch.ones(1))
+        precision = Precision(TrainerConfig(use_grad_scaler=True), CPU)
+        precision.backward(parameter.sum(), 1.0, None)
+        assert (precision.scaling, precision.dtype, parameter.grad.item()) == (True, None, 2.0**16)
 
     def test_state_can_be_continued(self):
         precision, other = make("fp16"), make("fp16")
         parameter = nn.Parameter(torch.ones(1))
         optimizer = torch.optim.SGD([parameter], lr=0.1)
         precision.backward(parameter.sum() * float("inf"), 1.0, None)
-        precision.step(optimizer)
+        precision.unscale(optimizer)
         precision.update()
         other.scaler.load_state_dict(precision.scaler.state_dict())
-        assert other.stats() == {"amp_scaler": 2.0**15}
+        assert other.stats()["amp_scaler"] == 2.0**15

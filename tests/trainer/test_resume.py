@@ -10,7 +10,7 @@ import pytest
 
 from tests.trainer.toys import Toy, ToyGan, assert_same_weights, build, weights_of
 from trainer import TrainerArgs
-from trainer.checkpoint import load_checkpoint
+from trainer.checkpoint import FORMAT_VERSION, load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -87,9 +87,9 @@ def test_a_checkpoint_holds_what_the_design_lists():
     assert_same_weights(state["model"], weights_of(trainer.model))
     assert state["optimizer"]["0"]["state"][0]["step"] == 3
     assert state["scheduler"]["0"]["last_epoch"] == 1
-    assert (state["format"], state["step"], state["epoch"], state["batches_done"]) == (1, 3, 1, 0)
+    assert (state["format"], state["step"], state["epoch"], state["batches_done"]) == (FORMAT_VERSION, 3, 1, 0)
     assert set(state["rng"]["0"]) == {"python", "numpy", "torch", "cuda", "mps"}
-    assert state["best_loss"] == trainer.best_loss
+    assert state["model_loss"] == trainer.best_loss
     assert set(state) >= {"scaler", "averages", "eval_step", "stepped"}
 
 
@@ -203,3 +203,28 @@ def test_a_signal_during_evaluation_leaves_the_epoch_to_be_evaluated():
     whole.fit()
     assert_same_weights(weights_of(second.model), weights_of(whole.model))
     assert second.best_loss == whole.best_loss
+
+
+@pytest.mark.parametrize("size", [0, 1000], ids=["empty", "truncated"])
+def test_a_damaged_newest_checkpoint_is_told_of_and_the_one_before_it_used(caplog, size):
+    whole = build(epochs=3, save_step=2)
+    whole.fit()
+    first = build(epochs=3, save_step=2, max_steps=5, run_eval=False)
+    first.fit()
+    for name in ("checkpoint_5.pth", "best_model.pth"):
+        with open(first.output_path / name, "r+b") as file:
+            file.truncate(size)
+    second = continued(first, epochs=3, save_step=2)
+    second.fit()
+    assert "checkpoint_5.pth: damaged, or no checkpoint" in caplog.text
+    assert "continuing from checkpoint_4.pth instead" in caplog.text
+    assert_same_weights(weights_of(second.model), weights_of(whole.model))
+
+
+def test_when_all_checkpoints_are_damaged_the_newest_is_named():
+    first = build(epochs=1, run_eval=False)
+    first.fit()
+    for path in first.output_path.glob("*.pth"):
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"checkpoint_3\.pth: damaged"):
+        continued(first).fit()

@@ -1,10 +1,12 @@
 """The interface of a dashboard, with Coqui Trainer's method names."""
 
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from torch import nn
 
     from trainer.config import TrainerConfig
 
@@ -28,6 +30,14 @@ class DashboardLogger:
     def add_text(self, title: str, text: str, step: int) -> None:
         """Write a text (markdown)."""
 
+    def add_artifact(
+        self, file_or_dir: str | os.PathLike, name: str, artifact_type: str, aliases: list[str] | None = None
+    ) -> None:
+        """Keep a file, such as a checkpoint, with the run; a dashboard that holds no files ignores it."""
+
+    def model_weights(self, model: "nn.Module", step: int) -> None:
+        """Write statistics of all parameters."""
+
     def flush(self) -> None:
         """Bring everything to where it can be read."""
 
@@ -35,19 +45,23 @@ class DashboardLogger:
         """Flush and close."""
 
     def add_config(self, config: "TrainerConfig") -> None:
-        """Write the config."""
+        """Write the config, and what the run is for."""
         self.add_text("config", f"```json\n{config.to_json()}\n```", 0)
+        if config.run_description:
+            self.add_text("run_description", config.run_description, 0)
 
     def add_scalars(self, scope: str, values: Mapping[str, float], step: int) -> None:
         """Write numbers under ``scope/``."""
         for name, value in values.items():
             self.add_scalar(f"{scope}/{name}", value, step)
 
-    def _figures(self, scope: str, figures: Mapping[str, "Figure"], step: int) -> None:
+    def add_figures(self, scope: str, figures: Mapping[str, "Figure"], step: int) -> None:
+        """Write figures under ``scope/``."""
         for name, figure in figures.items():
             self.add_figure(f"{scope}/{name}", figure, step)
 
-    def _audios(self, scope: str, audios: Mapping[str, Any], step: int, sample_rate: int) -> None:
+    def add_audios(self, scope: str, audios: Mapping[str, Any], step: int, sample_rate: int) -> None:
+        """Write waveforms under ``scope/``."""
         for name, audio in audios.items():
             self.add_audio(f"{scope}/{name}", audio, step, sample_rate)
 
@@ -61,11 +75,11 @@ class DashboardLogger:
 
     def train_figures(self, step: int, figures: Mapping[str, "Figure"]) -> None:
         """Figures of a training batch."""
-        self._figures("TrainFigures", figures, step)
+        self.add_figures("TrainFigures", figures, step)
 
     def train_audios(self, step: int, audios: Mapping[str, Any], sample_rate: int) -> None:
         """Waveforms of a training batch."""
-        self._audios("TrainAudios", audios, step, sample_rate)
+        self.add_audios("TrainAudios", audios, step, sample_rate)
 
     def eval_stats(self, step: int, stats: Mapping[str, float]) -> None:
         """Means over an evaluation."""
@@ -73,16 +87,16 @@ class DashboardLogger:
 
     def eval_figures(self, step: int, figures: Mapping[str, "Figure"]) -> None:
         """Figures of an evaluation batch."""
-        self._figures("EvalFigures", figures, step)
+        self.add_figures("EvalFigures", figures, step)
 
     def eval_audios(self, step: int, audios: Mapping[str, Any], sample_rate: int) -> None:
         """Waveforms of an evaluation batch."""
-        self._audios("EvalAudios", audios, step, sample_rate)
+        self.add_audios("EvalAudios", audios, step, sample_rate)
 
     def test_figures(self, step: int, figures: Mapping[str, "Figure"]) -> None:
         """Figures of a test run."""
-        self._figures("TestFigures", figures, step)
+        self.add_figures("TestFigures", figures, step)
 
     def test_audios(self, step: int, audios: Mapping[str, Any], sample_rate: int) -> None:
         """Waveforms of a test run."""
-        self._audios("TestAudios", audios, step, sample_rate)
+        self.add_audios("TestAudios", audios, step, sample_rate)

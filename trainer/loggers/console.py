@@ -27,6 +27,13 @@ class _ConsoleHandler(logging.Handler):
         console.print(text, style="yellow" if warning else None, markup=False, emoji=False, highlight=False)
 
 
+class _FileFormatter(logging.Formatter):
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        if record.levelno >= logging.WARNING:
+            record.message = f"{record.levelname.lower()}: {record.message}"
+        return super().formatMessage(record)
+
+
 def set_up_logging() -> None:
     """Show the ``trainer`` logger's messages on the console, unless the program has set up logging by itself."""
     if logger.level == logging.NOTSET:
@@ -52,11 +59,16 @@ class ConsoleLogger:
         set_up_logging()
         self._file: logging.Handler | None = None
         self._progress: Progress | None = None
+        self._on_console = True
 
-    def open(self, log_file: Path) -> None:
-        """Also write every line to this file (appended when it is there)."""
+    def open(self, log_file: Path, on_console: bool = True) -> None:
+        """Also write every line to this file (appended when it is there), or only there."""
+        self._on_console = on_console
+        if not on_console:
+            for handler in [h for h in logger.handlers if isinstance(h, _ConsoleHandler)]:
+                logger.removeHandler(handler)
         self._file = logging.FileHandler(log_file, encoding="utf8")
-        self._file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        self._file.setFormatter(_FileFormatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         logger.addHandler(self._file)
 
     def close(self) -> None:
@@ -70,6 +82,10 @@ class ConsoleLogger:
     def print(self, text: str) -> None:
         """One line."""
         logger.info(text)
+
+    def warn(self, text: str) -> None:
+        """One line that stands out."""
+        logger.warning(text)
 
     def print_start(self, folder: Path, model: nn.Module, device: torch.device, config: TrainerConfig) -> None:
         """What is going to be trained, and where."""
@@ -88,7 +104,7 @@ class ConsoleLogger:
     def start_epoch(self, epoch: int, epochs: int, updates: int, done: int) -> None:
         """An epoch of ``updates`` updates begins, ``done`` of which were made before the run was continued."""
         self.print(f"epoch {epoch + 1}/{epochs}: {updates} updates" + (f", {done} of them done before" if done else ""))
-        if console.is_terminal:
+        if console.is_terminal and self._on_console:
             columns = (
                 TextColumn("epoch {task.description}"),
                 BarColumn(bar_width=16),

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from trainer.loggers.base import DashboardLogger
 
@@ -14,9 +15,12 @@ if TYPE_CHECKING:
 
 
 class TensorboardLogger(DashboardLogger):
-    """Writes event files into a run's folder; look at them with ``tensorboard --logdir FOLDER``."""
+    """Writes event files into a run's folder; look at them with ``tensorboard --logdir FOLDER``.
 
-    def __init__(self, folder: Path) -> None:
+    Coqui's scripts also give the model's name, which TensorBoard has no place for.
+    """
+
+    def __init__(self, folder: str | Path, model_name: str = "") -> None:
         # tensorboard takes half a second to import
         from torch.utils.tensorboard import SummaryWriter
 
@@ -37,6 +41,14 @@ class TensorboardLogger(DashboardLogger):
     def add_text(self, title: str, text: str, step: int) -> None:
         self.writer.add_text(title, text, step)
 
+    def model_weights(self, model: nn.Module, step: int) -> None:
+        for name, parameter in model.named_parameters():
+            values = parameter.detach().float()
+            if values.numel() > 1:
+                self.writer.add_histogram(f"ModelWeights/{name}", values, step)
+            numbers = {"mean": values.mean(), "std": values.std(correction=0), "min": values.min(), "max": values.max()}
+            self.add_scalars(f"ModelWeights/{name}", {key: float(value) for key, value in numbers.items()}, step)
+
     def flush(self) -> None:
         self.writer.flush()
 
@@ -45,5 +57,6 @@ class TensorboardLogger(DashboardLogger):
 
 
 def new_dashboard(config: "TrainerConfig", folder: Path) -> DashboardLogger:
-    """The dashboard that the config names."""
+    """The dashboard that the config names, writing into ``logger_uri`` or the run's folder."""
+    folder = Path(config.logger_uri) if config.logger_uri else folder
     return TensorboardLogger(folder) if config.dashboard_logger == "tensorboard" else DashboardLogger()

@@ -1,0 +1,205 @@
+"""The Trainer on two ranks against one rank on the joint batch: weights, losses, orders, checkpoints, and stopping."""
+
+import multiprocessing
+import os
+import signal
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+
+from tests.trainer.toys import Toy, ToyGan, build, collate, make_samples
+from trainer import TrainerArgs
+
+
+class Manual(Toy):
+    """Optimizes by itself."""
+
+    def optimize(self, batch, trainer):
+        trainer.optimizer[0].zero_grad()
+        outputs, losses = self.train_step(batch, trainer.criterion[0])
+        self.scaled_backward(losses["loss"], trainer)
+        trainer.optimizer[0].step()
+        return outputs, losses
+
+
+class Stopping(Toy):
+    """Gets a signal on one rank in the middle of the third update."""
+
+    def train_step(self, batch, criterion):
+        self.calls = getattr(self, "calls", 0) + 1
+        if self.calls == 3 and os.environ["RANK"] == "1":
+            signal.raise_signal(signal.SIGTERM)
+        return super().train_step(batch, criterion)
+
+
+class Spoiled(Toy):
+    """Its loss is NaN on rank 1 alone, in the third update."""
+
+    def train_step(self, batch, criterion):
+        outputs, losses = super().train_step(batch, criterion)
+        bad = self.training and len(self.seen) == 3 and os.environ["RANK"] == "1"
+        return outputs, {"loss": losses["loss"] * (float("nan") if bad else 1.0)}
+
+
+def plain_loaders(size: int) -> dict:
+    """Loaders that no rank knows of."""
+    samples, evaluation = make_samples(13), make_samples(7, seed=1)
+    return {
+        "train_loader": DataLoader(samples, batch_size=size, collate_fn=collate),
+        "eval_loader": DataLoader(evaluation, batch_size=size, collate_fn=collate),
+    }
+
+
+# of 13 samples in global batches of 4, the last is one sample: rank 1 has none of its own
+CASES = {
+    "plain": {},
+    "adam and clipping": {"optimizer": "AdamW", "grad_clip": 0.3},
+    "accumulated": {"args": {"grad_accum_steps": 2}},
+    "gan": {"model_class": ToyGan, "lr": 0.02, "args": {"grad_accum_steps": 2}},
+    "manual": {"model_class": Manual, "args": {"grad_accum_steps": 2}},
+    "plain loaders": {"loaders": True},
+    "averaged weights": {"ema_decay": 0.5},
+}
+
+
+def train(name: str, world_size: int, folder: Path, **settings) -> dict:
+    """Train; batch sizes are per rank, so that the global batch is the same for any number of ranks."""
+    size = 4 // world_size
+    args = TrainerArgs(**settings.pop("args", {}))
+    if settings.pop("loaders", False):
+        settings.update(plain_loaders(size))
+    trainer = build(
+        train=13,
+        evaluation=7,
+        args=args,
+        batch_size=size,
+        eval_batch_size=size,
+        output_path=str(folder / name),
+        **{"epochs": 3, "print_step": 1, **settings},
+    )
+    code, error = None, ""
+    try:
+        trainer.fit()
+    except SystemExit as stopped:
+        code = stopped.code
+    except FloatingPointError as not_finite:
+        error = str(not_finite)
+    return {
+        "code": code,
+        "error": error,
+        "skipped": trainer.guard.skipped,
+        "steps": trainer.total_steps_done,
+        "weights": {name: value.clone() for name, value in trainer.model.state_dict().items()},
+        "train": trainer.keep_avg_train.means,
+        "eval": trainer.keep_avg_eval.means,
+        "best": trainer.best_loss,
+        "folder": str(trainer.output_path),
+    }
+
+
+def train_cases(folder: Path) -> dict:
+    """All cases, and a run that is stopped in the middle of an epoch and continued."""
+    results = {name: train(name, 2, folder, **settings) for name, settings in CASES.items()}
+    results["whole"] = train("whole", 2, folder, dropout=0.5)
+    first = train("parts", 2, folder, dropout=0.5, max_steps=6)
+    dist.barrier()  # until the checkpoint is written
+    results["parts"] = train("parts", 2, folder, dropout=0.5, args={"continue_path": first["folder"]})
+    results["nan"] = train("nan", 2, folder, model_class=Spoiled)
+    results["nan skipped"] = train("nan skipped", 2, folder, model_class=Spoiled, nan_policy="skip")
+    return results
+
+
+def train_until_stopped(folder: Path) -> dict:
+    """A run that one rank is told to stop."""
+    return {"stopped": train("stopped", 2, folder, model_class=Stopping)}
+
+
+def run_rank(rank: int, folder: Path, work) -> None:
+    """What one rank does; its results are in ``folder/RANK.pth``, or its traceback in ``folder/RANK.txt``."""
+    try:
+        os.environ.update({"RANK": str(rank), "WORLD_SIZE": "2"})
+        dist.init_process_group("gloo", f"file://{folder}/group", rank=rank, world_size=2)
+        torch.save(work(folder), folder / f"{rank}.pth")
+        dist.destroy_process_group()
+    except BaseException:
+        (folder / f"{rank}.txt").write_text(traceback.format_exc())
+        raise
+
+
+def on_two_ranks(folder: Path, work) -> list[dict]:
+    """What both ranks found."""
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=run_rank, args=(rank, folder, work)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        if process.is_alive():
+            process.kill()
+            process.join()
+    problems = [path.read_text() for path in sorted(folder.glob("*.txt"))]
+    assert [process.exitcode for process in processes] == [0, 0], "\n".join(problems)
+    return [torch.load(folder / f"{rank}.pth", weights_only=False) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """What both ranks found, case by case."""
+    return on_two_ranks(tmp_path_factory.mktemp("ranks"), train_cases)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_ranks_are_one_rank_with_the_joint_batch(two_ranks, name, tmp_path):
+    alone = train(name, 1, tmp_path, **CASES[name])
+    first, second = (found[name] for found in two_ranks)
+    for found in (first, second):
+        assert found["steps"] == alone["steps"] == (12 if "args" not in CASES[name] else 6)
+        for key, weight in alone["weights"].items():
+            # fp32: sums of at most twelve terms in another order, through at most twelve updates
+            torch.testing.assert_close(found["weights"][key], weight, rtol=1e-4, atol=1e-5)
+        for part in ("train", "eval"):
+            assert found[part] == pytest.approx(alone[part], rel=1e-4, abs=1e-6)
+    for key, weight in first["weights"].items():
+        assert torch.equal(second["weights"][key], weight)
+    for part in ("train", "eval", "best", "folder"):
+        assert first[part] == second[part]
+
+
+def test_a_continued_run_of_two_ranks_is_the_whole_one(two_ranks):
+    for found in two_ranks:
+        assert found["parts"]["steps"] == found["whole"]["steps"] == 12
+        for key, weight in found["whole"]["weights"].items():
+            assert torch.equal(found["parts"]["weights"][key], weight)
+    folder = Path(two_ranks[0]["parts"]["folder"])
+    states = torch.load(folder / "checkpoint_6.pth", weights_only=True)["rng"]
+    assert sorted(states) == ["0", "1"]
+    assert not torch.equal(states["0"]["torch"], states["1"]["torch"])
+
+
+def test_a_signal_to_one_rank_stops_and_saves_both(tmp_path):
+    first, second = (found["stopped"] for found in on_two_ranks(tmp_path, train_until_stopped))
+    assert first["code"] == second["code"] == 128 + signal.SIGTERM
+    assert first["steps"] == second["steps"] <= 4
+    assert (Path(first["folder"]) / f"checkpoint_{first['steps']}.pth").is_file()
+
+
+def test_nan_on_one_rank_stops_all_before_the_update(two_ranks):
+    for rank in two_ranks:
+        assert rank["nan"]["error"].startswith("step 3: loss is nan")
+        assert rank["nan"]["steps"] == 2
+        assert all(value.isfinite().all() for value in rank["nan"]["weights"].values())
+    names = sorted(path.name for path in Path(two_ranks[0]["nan"]["folder"]).glob("bad_batch_*"))
+    assert names == ["bad_batch_3.pth", "bad_batch_3_rank1.pth"]
+
+
+def test_nan_on_one_rank_is_skipped_by_all(two_ranks):
+    first, second = (rank["nan skipped"] for rank in two_ranks)
+    assert first["skipped"] == second["skipped"] == 1
+    assert first["steps"] == second["steps"] == 12
+    for name, value in first["weights"].items():
+        assert torch.equal(value, second["weights"][name])
+        assert value.isfinite().all()

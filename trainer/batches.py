@@ -1,0 +1,65 @@
+"""What a Trainer trains on: its loaders, the rest of an epoch, and a batch on its way to the model."""
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from trainer.data.loader import Repeated, rest_of_epoch, shard
+from trainer.device import count_samples, to_device
+from trainer.model import Batch
+from trainer.seeding import forked_rng
+
+
+class Batches:
+    """Loaders and batches; a base class of Trainer."""
+
+    def get_loader(self, is_eval: bool) -> DataLoader:
+        """The training or evaluation loader: the one handed over, else the model's, built once."""
+        name, samples = ("eval_loader", self.eval_samples) if is_eval else ("train_loader", self.train_samples)
+        loader = getattr(self, name)
+        if loader is None:
+            # all ranks must get the same order of samples, if the model shuffles them
+            several = self.ranks.world_size > 1
+            with forked_rng(self.config.training_seed) if several else contextlib.nullcontext():
+                loader = self.model.get_data_loader(config=self.config, is_eval=is_eval, samples=samples, verbose=True)
+        loader = shard(loader, self.ranks.rank, self.ranks.world_size, self.config.training_seed)
+        setattr(self, name, loader)
+        if len(loader) == 0:
+            raise ValueError(f"the {name} has no batch: check its samples, and drop_last with its batch size")
+        return loader
+
+    def epoch_length(self, loader: DataLoader) -> int:
+        """Batches of an epoch, on the rank that has most of them."""
+        return max(self.ranks.gather(len(loader)))
+
+    def rest_of_epoch(self, loader: DataLoader, epoch: int, start: int) -> Iterator[Any]:
+        """The batches of an epoch from ``start`` on."""
+        return rest_of_epoch(loader, epoch, start, self.epoch_length(loader) if self.ranks.world_size > 1 else None)
+
+    def windows(self, loader: DataLoader) -> Iterator[list[Any]]:
+        """The rest of this epoch's batches, in lists of grad_accum_steps."""
+        if self.args.overfit_batch:
+            first = next(self.rest_of_epoch(loader, 0, 0))
+            batches = itertools.repeat(first, self.epoch_length(loader) - self.batches_done)
+        else:
+            batches = self.rest_of_epoch(loader, self.epochs_done, self.batches_done)
+        while window := list(itertools.islice(batches, self.args.grad_accum_steps)):
+            yield window
+
+    def format_batch(self, batch: Any) -> Batch:
+        """The loader's batch through format_batch, onto the device, through format_batch_on_device."""
+        batch = self.model.format_batch(batch)
+        if batch is None:
+            raise ValueError(f"{type(self.model).__name__}.format_batch returned None: return the batch")
+        batch = to_device(batch, self.device)
+        return self.model.format_batch_on_device(batch)
+
+    def prepare(self, batch: Any) -> tuple[Batch, int]:
+        """A batch as the model sees it, and how many samples it counts for."""
+        if isinstance(batch, Repeated):  # this rank has no samples left where others have
+            return self.format_batch(batch.batch), 0
+        batch = self.format_batch(batch)
+        return batch, count_samples(batch)

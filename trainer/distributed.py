@@ -1,0 +1,316 @@
+"""Several ranks: the process group, sums over ranks, and what every rank has to know of the others.
+
+Each rank is a process with its own device and its share of every batch. What the host knows (sample counts, signals,
+which parameters have gradients) travels over gloo, so that nothing of it waits for the device; gradients, parameters
+and buffers travel over the device's own backend. With one rank nothing is opened, and every method returns at once.
+"""
+
+import atexit
+import contextlib
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterable, Iterator
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from trainer.config import TrainerArgs, TrainerConfig
+from trainer.seeding import seed_everything
+
+_RANK = 2  # keeps the random streams of ranks apart from those of orders and samples (trainer/data/loader.py)
+_BUCKET_BYTES = 2**26  # what is copied together for one collective: it bounds the memory that communication takes
+_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+_LAUNCHER = "python -m trainer.distribute --gpus 0,1 --script SCRIPT"
+
+
+def rank_seed(seed: int, rank: int) -> int:
+    """A seed of this rank's own, below 2^32; of rank 0 it is ``seed`` itself."""
+    if rank == 0:
+        return seed
+    return int(np.random.SeedSequence(seed, spawn_key=(_RANK, rank)).generate_state(1)[0])
+
+
+class Ranks:
+    """This process among the ranks of a training.
+
+    Every method but the constructors is a collective: all ranks must call it, in the same order.
+
+    Attributes:
+        rank: index of this process, from 0.
+        world_size: number of ranks.
+        local_rank: index among the ranks of this machine, which is the index of its GPU.
+        group_id: name of this group of ranks, from the launcher; empty without one.
+        is_main: whether this is rank 0, which alone writes files.
+    """
+
+    def __init__(
+        self,
+        rank: int = 0,
+        world_size: int = 1,
+        local_rank: int = 0,
+        group_id: str = "",
+        backend: str = "auto",
+        url: str = "env://",
+    ) -> None:
+        if not 0 <= rank < world_size:
+            raise ValueError(f"RANK={rank} with WORLD_SIZE={world_size}: ranks count from 0 to WORLD_SIZE - 1")
+        self.rank, self.world_size, self.local_rank, self.group_id = rank, world_size, local_rank, group_id
+        self.is_main = rank == 0
+        self._backend, self._url = backend, url
+        self._is_open = self._owns_group = False
+        self._host_group: Any = None  # a group for CPU tensors; None where the default group takes them
+
+    @classmethod
+    def from_environment(cls, config: TrainerConfig, args: TrainerArgs) -> "Ranks":
+        """What the launcher (trainer.distribute, torchrun) has put into the environment; one rank without a launcher.
+
+        A process group that the script has opened by itself counts as well. Fills in args.use_ddp, args.rank and
+        args.group_id.
+
+        Raises:
+            ValueError: use_ddp without a launcher, or a part of its variables is missing.
+        """
+        opened = dist.is_available() and dist.is_initialized()
+        found = {"RANK": str(dist.get_rank()), "WORLD_SIZE": str(dist.get_world_size())} if opened else {}
+        found.update({name: os.environ[name] for name in _VARIABLES if name in os.environ})
+        if args.use_ddp and "RANK" not in found:
+            raise ValueError(f"use_ddp={args.use_ddp}: no launcher has started this process; use {_LAUNCHER}")
+        if ("RANK" in found) != ("WORLD_SIZE" in found):
+            raise ValueError(f"of RANK and WORLD_SIZE only one is set ({found}): set both, or start with {_LAUNCHER}")
+        values = {name: _whole_number(name, text) for name, text in found.items()}
+        rank, group_id = values.get("RANK", 0), os.environ.get("TORCHELASTIC_RUN_ID", args.group_id)
+        ranks = cls(
+            rank,
+            values.get("WORLD_SIZE", 1),
+            values.get("LOCAL_RANK", rank),
+            group_id,
+            config.distributed_backend,
+            config.distributed_url,
+        )
+        args.use_ddp, args.rank, args.group_id = ranks.world_size > 1, ranks.rank, ranks.group_id
+        return ranks
+
+    def open(self, device: torch.device) -> None:
+        """Join the process group, once; one that the script has opened is used and left alone.
+
+        The group is destroyed when the process ends (see close).
+
+        Args:
+            device: where this rank trains: ``cuda:local_rank``, or the CPU.
+        """
+        if self.world_size == 1 or self._is_open:
+            return
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        self._owns_group = not dist.is_initialized()
+        if self._owns_group:
+            # the launcher's free port comes before a fixed one, which two runs on one machine would share
+            url = "env://" if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ else self._url
+            backend = self._pick_backend(device)
+            dist.init_process_group(backend, url, rank=self.rank, world_size=self.world_size)
+            atexit.register(self.close)
+        elif (dist.get_rank(), dist.get_world_size()) != (self.rank, self.world_size):
+            raise ValueError(
+                f"the script's process group says rank {dist.get_rank()} of {dist.get_world_size()}, the environment "
+                f"RANK={self.rank} and WORLD_SIZE={self.world_size}: leave opening the group to the Trainer"
+            )
+        self._host_group = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+        _record_what_ends_the_process()
+        self._is_open = True
+
+    def close(self) -> None:
+        """Destroy the process group, if ``open`` made it. Called when the process ends; it cannot be opened again."""
+        # after an error the others may be gone, and NCCL would wait for them
+        failed = getattr(sys, "last_value", None) is not None
+        if self._owns_group and not failed and dist.is_initialized():
+            dist.destroy_process_group()
+        self._is_open = self._owns_group = False
+
+    # ---- every update ----
+
+    def agree(self, samples: float, signal: int | None = None) -> tuple[float, int | None]:
+        """What an update begins with: the samples of its windows on all ranks, and a signal that any rank received.
+
+        One collective of two numbers between the hosts. A micro-batch of n samples is weighted by n / samples.
+
+        Returns:
+            The sum of the samples; the highest number of the signals, None when no rank received one.
+        """
+        if self.world_size == 1:
+            return samples, signal
+        mine = torch.tensor([samples, signal or 0], dtype=torch.float64)
+        all_ranks = [torch.empty_like(mine) for _ in range(self.world_size)]
+        dist.all_gather(all_ranks, mine, group=self._host_group)
+        counts, signals = zip(*(numbers.tolist() for numbers in all_ranks))
+        return sum(counts), int(max(signals)) or None
+
+    def sum_gradients(
+        self, parameters: Iterable[nn.Parameter], extra: torch.Tensor | None = None, used: bool = True
+    ) -> bool:
+        """Sum gradients over the ranks; afterwards they are bitwise the same on all of them.
+
+        Call it once for each optimizer and update, after the last backward of the window and before unscaling, on a
+        rank without gradients (or without a loss) too. A gradient that is missing on this rank counts as zeros; one
+        that is missing on all ranks stays None.
+
+        Args:
+            parameters: of one optimizer, in the same order on all ranks.
+            extra: a tensor on the device that is summed in place along with them, such as a count of bad losses.
+            used: whether this rank has a loss for this optimizer.
+
+        Returns:
+            Whether any rank has a loss for this optimizer. If none has, nothing was summed.
+
+        Raises:
+            ValueError: a sparse gradient.
+        """
+        if self.world_size == 1:
+            return used
+        parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        present = torch.tensor([used, *(p.grad is not None for p in parameters)], dtype=torch.uint8)
+        dist.all_reduce(present, dist.ReduceOp.MAX, group=self._host_group)
+        used, *present = present.tolist()
+        if not used:
+            return False
+        tensors = [] if extra is None else [extra]
+        for parameter, is_present in zip(parameters, present):
+            if not is_present:
+                continue
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            elif parameter.grad.is_sparse:
+                raise ValueError(
+                    "sparse=True: sparse gradients cannot be summed over ranks; build the layer without it"
+                )
+            tensors.append(parameter.grad)
+        with torch.no_grad():
+            for bucket in _buckets(tensors):
+                with _flattened(bucket) as flat:
+                    dist.all_reduce(flat, group=self._group_of(flat))
+        return True
+
+    def broadcast_buffers(self, model: nn.Module) -> None:
+        """Rank 0's buffers (BatchNorm's statistics) to all ranks; after every update, as DDP does before it."""
+        if self.world_size > 1:
+            self._broadcast(model.buffers())
+
+    # ---- now and then ----
+
+    def broadcast_model(self, model: nn.Module) -> None:
+        """Rank 0's parameters and buffers to all ranks; at the start, and after a checkpoint was loaded."""
+        if self.world_size > 1:
+            self._broadcast([*model.parameters(), *model.buffers()])
+
+    def _broadcast(self, tensors: Iterable[torch.Tensor]) -> None:
+        with torch.no_grad():
+            for bucket in _buckets(tensors):
+                with _flattened(bucket) as flat:
+                    # as bytes: gloo does not know every type
+                    dist.broadcast(flat.view(torch.uint8), src=0, group=self._group_of(flat))
+
+    def _group_of(self, tensor: torch.Tensor) -> Any:
+        return self._host_group if tensor.device.type == "cpu" else None
+
+    def _pick_backend(self, device: torch.device) -> str:
+        if self._backend == "nccl" and device.type != "cuda":
+            raise ValueError(f"distributed_backend='nccl' on {device.type}: NCCL needs GPUs; set it to auto or gloo")
+        if self._backend == "auto":
+            return "nccl" if device.type == "cuda" else "gloo"
+        return self._backend
+
+    def sum_values(self, values: Any) -> Any:
+        """Sum numbers in nested dicts over the ranks, in the order of the ranks; a rank may lack some of the names.
+
+        Averages of all ranks: ``merged.load_state_dict(ranks.sum_values(averages.state_dict()))``.
+        """
+        return values if self.world_size == 1 else _sum_nested(self.gather(values))
+
+    def gather(self, value: Any) -> list[Any]:
+        """A picklable value of each rank, in the order of the ranks, on all ranks (random states, lengths)."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self._host_group)
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's picklable value, on all ranks (the run's folder, the checkpoint to continue from)."""
+        if self.world_size == 1:
+            return value
+        values = [value if self.is_main else None]
+        dist.broadcast_object_list(values, src=0, group=self._host_group)
+        return values[0]
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        return flag if self.world_size == 1 else any(self.gather(flag))
+
+    def barrier(self) -> None:
+        """Wait until all ranks are here."""
+        if self.world_size > 1:
+            dist.barrier(group=self._host_group)
+
+    def seed(self, seed: int) -> None:
+        """Give this rank a random stream of its own. Rank 0 goes on with its own, which is that of a single process."""
+        if self.rank > 0:
+            seed_everything(rank_seed(seed, self.rank))
+
+
+def _whole_number(name: str, text: str) -> int:
+    if not text.isdecimal():
+        raise ValueError(f"{name}={text!r}: must be a whole number")
+    return int(text)
+
+
+def _sum_nested(values: list[Any]) -> Any:
+    if not isinstance(values[0], dict):
+        return sum(values)
+    names = dict.fromkeys(name for value in values for name in value)
+    return {name: _sum_nested([value[name] for value in values if name in value]) for name in names}
+
+
+def _buckets(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """The tensors in lists of one type and device, of at most _BUCKET_BYTES or of one tensor."""
+    kinds: dict[tuple, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    for same in kinds.values():
+        bucket, size = [], 0
+        for tensor in same:
+            if bucket and size + tensor.nbytes > _BUCKET_BYTES:
+                yield bucket
+                bucket, size = [], 0
+            bucket.append(tensor)
+            size += tensor.nbytes
+        yield bucket
+
+
+@contextlib.contextmanager
+def _flattened(tensors: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """One flat copy of the tensors, which get its values when the block is left."""
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    yield flat
+    sizes = [tensor.numel() for tensor in tensors]
+    torch._foreach_copy_(tensors, [part.view(tensor.shape) for part, tensor in zip(flat.split(sizes), tensors)])
+
+
+def _record_what_ends_the_process() -> None:
+    """Leave the traceback of an exception that ends this rank where the elastic launcher looks for it."""
+    path, before = os.environ.get("TORCHELASTIC_ERROR_FILE"), sys.excepthook
+
+    def record(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        lines = "".join(traceback.format_exception(kind, error, trace))
+        details = {"py_callstack": lines, "timestamp": str(int(time.time()))}
+        with open(path, "w", encoding="utf8") as file:
+            json.dump({"message": {"message": f"{kind.__name__}: {error}", "extraInfo": details}}, file)
+        before(kind, error, trace)
+
+    if path:
+        sys.excepthook = record

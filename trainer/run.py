@@ -1,0 +1,175 @@
+"""What a Trainer is besides its loop: the run's folder, its logs and its checkpoints."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trainer import checkpoint as checkpoints
+from trainer.averages import target_loss
+from trainer.loggers.base import DashboardLogger
+from trainer.loggers.tensorboard import new_dashboard
+from trainer.model import overrides
+from trainer.optimizers import describe, step_schedulers
+from trainer.provenance import new_run_folder
+from trainer.seeding import forked_rng
+
+if TYPE_CHECKING:
+    from trainer.loggers.console import ConsoleLogger
+
+
+class Run:
+    """The run's folder and logs, opened by the first use and closed by the end of ``fit``; a base class of Trainer."""
+
+    def __init__(self, root: str | Path, c_logger: "ConsoleLogger", dashboard: DashboardLogger | None) -> None:
+        self._root = str(root)
+        self.c_logger = c_logger
+        self._given_dashboard, self._dashboard = dashboard, dashboard
+        self._folder: Path | None = None
+        self._is_open = False
+
+    @property
+    def output_path(self) -> Path:
+        """The run's folder; asked for before the training, it is made, and the run begins."""
+        if self._folder is None:
+            self.open_run()
+        return self._folder
+
+    @property
+    def dashboard_logger(self) -> DashboardLogger:
+        """What writes the dashboard; asked for before the training, the run begins."""
+        if self._dashboard is None:
+            self.open_run()
+        return self._dashboard
+
+    @dashboard_logger.setter
+    def dashboard_logger(self, dashboard: DashboardLogger) -> None:
+        self._given_dashboard = self._dashboard = dashboard
+
+    def open_run(self) -> None:
+        """Make the run's folder (or go on in continue_path's), open its logs, and restore what is asked for."""
+        if self._is_open:
+            return
+        self._is_open, first = True, self._folder is None
+        if first:
+            self.ranks.open(self.device)
+            self._folder = self.ranks.broadcast(self._new_folder() if self.ranks.is_main else None)
+        self.c_logger.open(self._folder / f"trainer_{self.ranks.rank}_log.txt", on_console=self.ranks.is_main)
+        if not self.ranks.is_main:
+            self._dashboard = DashboardLogger()  # only the first rank writes
+        elif self._given_dashboard is None:
+            self._dashboard = new_dashboard(self.config, self._folder)
+        if first:
+            self._begin()
+
+    def _new_folder(self) -> Path:
+        if self.args.continue_path:
+            return Path(self.args.continue_path)
+        return new_run_folder(self._root, self.config.run_name)
+
+    def _begin(self) -> None:
+        """Say what is going to be trained, restore what is asked for, and write the config."""
+        args, config = self.args, self.config
+        self.guard.folder = self._folder
+        self.guard.suffix = f"_rank{self.ranks.rank}" if self.ranks.rank else ""
+        self.c_logger.print_start(self._folder, self.model, self.device, config)
+        if self.ranks.world_size > 1:
+            n, size = self.ranks.world_size, config.batch_size * args.grad_accum_steps
+            self.c_logger.print(f"{n} ranks of {size} samples each: {n * size} samples in an update")
+        for line in describe(self.scheduler, self.scheduler_units):
+            self.c_logger.print(line)
+        if args.use_accelerate:
+            self.c_logger.warn("use_accelerate: the Trainer's own loop does what Accelerate is for; going on with it")
+        self.ranks.seed(config.training_seed)  # the first rank goes on with the script's random numbers
+        self.callbacks("on_init_start", self)  # which may change the config: a model adds its speakers, say
+        if args.continue_path:
+            checkpoints.continue_newest(self, self._folder)
+        elif args.restore_path:
+            checkpoints.restore(self, args.restore_path)
+        self.ranks.broadcast_model(self.model)
+        if self.ranks.is_main:
+            # after the restoring: an override that does not fit a continued run must not spoil its config
+            self.write_config()
+            self.dashboard_logger.add_config(config)
+        self.callbacks("on_init_end", self)
+
+    def write_config(self) -> None:
+        """Write config.json."""
+        text = self.config.to_json().encode()
+        checkpoints.write_file(self._folder / "config.json", lambda file: file.write(text))
+
+    def close_run(self) -> None:
+        """Say how to go on; flush and close the logs."""
+        if self._is_open:
+            self._is_open = False
+            self.c_logger.print_end(self._folder, can_continue=checkpoints.exist_in(self._folder))
+            self.dashboard_logger.finish()
+            self.c_logger.close()
+
+    def save_checkpoint(self) -> None:
+        """Save checkpoint_<step>.pth and delete the oldest beyond save_n_checkpoints."""
+        self.c_logger.print(f"saved {checkpoints.save_step(self)}")
+
+    def log_checkpoint(self) -> None:
+        """Hand the newest checkpoint to the dashboard."""
+        for _, path in checkpoints.list_checkpoints(self._folder)[-1:]:
+            aliases = [f"epoch-{self.epochs_done}", f"step-{self.total_steps_done}"]
+            self.dashboard_logger.add_artifact(path, name="checkpoint", artifact_type="model", aliases=aliases)
+
+    def save_best_model(self) -> None:
+        """Save best_model.pth."""
+        checkpoints.save_best(self)
+
+    def keep_best(self, name: str, means: Mapping[str, float], is_extra: bool) -> None:
+        """Save best_model.pth when the target loss is lower than ever before; tell those who count evaluations.
+
+        Args:
+            name: ``eval_loss`` or ``train_loss``, whichever is judged.
+            means: of all losses.
+            is_extra: the training was stopped inside an epoch; continued, it would not evaluate here. Schedulers and
+                early stopping do not count it.
+
+        Raises:
+            ValueError: there is no loss to judge by, and a scheduler or early stopping needs one.
+        """
+        config = self.config
+        loss = target_loss(means, config.target_loss, len(self.optimizer))
+        if loss is None:  # a model with its own optimize names its losses as it likes
+            if self.early_stopping is not None or "evaluation" in self.scheduler_units:
+                raise ValueError(f"target_loss=None: name the loss to judge by; there are {', '.join(means)}")
+            self.c_logger.print(f"best model: the newest, since no target_loss is named among {', '.join(means)}")
+        if not is_extra:
+            stepped = self.stepped_optimizers - self.own_schedulers
+            step_schedulers(self.scheduler, self.scheduler_units, "evaluation", stepped, loss)
+            if self.early_stopping is not None:
+                self.early_stopping.update(loss)
+                if self.early_stopping.should_stop:
+                    self.c_logger.print(f"stopped early: {self.early_stopping.message}")
+        is_better = loss is None or loss < self.best_loss[name]
+        if not is_better or self.total_steps_done <= config.save_best_after:
+            return
+        if loss is not None:
+            self.best_loss[name] = loss
+            self.c_logger.print(f"best model so far: {config.target_loss or 'loss'} {loss:.5g}")
+        if config.save_checkpoints:
+            self.save_best_model()
+
+    # ---- what is shown ----
+
+    def test(self) -> None:
+        """Call the model's test_run and test_log, if it has them."""
+        if not overrides(self.model, "test_run") or not self.ranks.is_main:
+            return
+        with self._evaluating():
+            outputs = self.model.test_run(self)
+            if overrides(self.model, "test_log"):
+                self.model.test_log(outputs, self.dashboard_logger, self.total_steps_done)
+        self.dashboard_logger.flush()
+
+    def show(self, hook: str, batch: Any, outputs: dict[str, Any]) -> None:
+        """Call the model's train_log or eval_log, if it has it."""
+        if overrides(self.model, hook) and self.ranks.is_main:
+            with torch.no_grad(), forked_rng(self._seed):
+                getattr(self.model, hook)(batch, outputs, self.dashboard_logger, self.total_steps_done)
+        self.dashboard_logger.flush()
