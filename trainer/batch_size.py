@@ -221,9 +221,7 @@ class _State:
         elif isinstance(value, tuple):
             for item in value:
                 self._add(item)
-        elif isinstance(value, nn.Module | Optimizer | LRScheduler | torch.amp.GradScaler) or _is_of_this_package(
-            value
-        ):
+        elif isinstance(value, _STATEFUL) or type(value).__module__.startswith("trainer."):
             self._add(vars(value))
 
     @torch.no_grad()
@@ -236,7 +234,3 @@ class _State:
             tensor.copy_(value)
             if tensor.is_leaf:
                 tensor.grad = None
-
-
-def _is_of_this_package(value: Any) -> bool:
-    return type(value).__module__.startswith("trainer.")

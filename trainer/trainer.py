@@ -143,6 +143,9 @@ class Trainer(Run, Batches, CoquiNames):
             if self._signal is not None:
                 self.callbacks("on_keyboard_interrupt", self)
                 raise SystemExit(128 + self._signal)
+        except Exception as error:
+            self.c_logger.keep_traceback(error)
+            raise
         finally:
             self.close_run()
 

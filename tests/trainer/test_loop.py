@@ -538,7 +538,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_step():
     assert sorted(p.name for p in trainer.output_path.glob("checkpoint_*")) == [
         f"checkpoint_{i}.pth" for i in (1, 2, 3)
     ]
-    assert "step 4" not in (trainer.output_path / "trainer_0_log.txt").read_text()
+    log = (trainer.output_path / "trainer_0_log.txt").read_text()
+    assert "FloatingPointError: step 4: loss is nan" in log
+    assert "saved" not in log.partition("checkpoint_3.pth")[2].partition("FloatingPointError")[0]
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
@@ -730,4 +732,7 @@ class TestBadInput:
         trainer = build(Broken)
         with pytest.raises(NotImplementedError, match="inside the user's code"):
             trainer.fit()
-        assert (trainer.output_path / "trainer_0_log.txt").is_file()
+        log = (trainer.output_path / "trainer_0_log.txt").read_text()
+        assert "error: the training ends here" in log
+        assert "NotImplementedError: inside the user's code" in log
+        assert 'raise NotImplementedError("inside the user\'s code")' in log

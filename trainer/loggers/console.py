@@ -83,6 +83,12 @@ class ConsoleLogger:
         """One line."""
         logger.info(text)
 
+    def keep_traceback(self, error: Exception) -> None:
+        """Write what ends the training into the log file; the console shows it by itself."""
+        if self._file is not None:
+            trace = (type(error), error, error.__traceback__)
+            self._file.emit(logger.makeRecord("trainer", logging.ERROR, "", 0, "the training ends here", (), trace))
+
     def warn(self, text: str) -> None:
         """One line that stands out."""
         logger.warning(text)
