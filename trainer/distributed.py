@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import nn
 
 from trainer.config import TrainerArgs, TrainerConfig
-from trainer.seeding import seed_everything
+from trainer.seeding import seed_generators
 
 _RANK = 2  # keeps the random streams of ranks apart from those of orders and samples (trainer/data/loader.py)
 _BUCKET_BYTES = 2**26  # what is copied together for one collective: it bounds the memory that communication takes
@@ -260,7 +260,7 @@ class Ranks:
     def seed(self, seed: int) -> None:
         """Give this rank a random stream of its own. Rank 0 goes on with its own, which is that of a single process."""
         if self.rank > 0:
-            seed_everything(rank_seed(seed, self.rank))
+            seed_generators(rank_seed(seed, self.rank))
 
 
 def _whole_number(name: str, text: str) -> int:

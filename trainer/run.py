@@ -13,7 +13,7 @@ from trainer.loggers.tensorboard import new_dashboard
 from trainer.model import overrides
 from trainer.optimizers import describe, step_schedulers
 from trainer.provenance import new_run_folder
-from trainer.seeding import forked_rng
+from trainer.seeding import forked_rng, seed_unless_done
 
 if TYPE_CHECKING:
     from trainer.loggers.console import ConsoleLogger
@@ -81,7 +81,8 @@ class Run:
             self.c_logger.print(line)
         if args.use_accelerate:
             self.c_logger.warn("use_accelerate: the Trainer's own loop does what Accelerate is for; going on with it")
-        self.ranks.seed(config.training_seed)  # the first rank goes on with the script's random numbers
+        seed_unless_done(config.training_seed)
+        self.ranks.seed(config.training_seed)  # each of the other ranks draws its own
         self.callbacks("on_init_start", self)  # which may change the config: a model adds its speakers, say
         if args.continue_path:
             checkpoints.continue_newest(self, self._folder)

@@ -10,9 +10,27 @@ import torch
 
 from trainer.config import TrainerConfig
 
+_is_seeded = False  # whether the program has called seed_everything
+
 
 def seed_everything(seed: int) -> None:
     """Seed python's, numpy's and torch's generators (all devices). Call it before the model is built."""
+    global _is_seeded
+    _is_seeded = True
+    seed_generators(seed)
+
+
+def seed_unless_done(seed: int) -> None:
+    """Seed all generators, unless the program has called seed_everything.
+
+    Scripts for Coqui's Trainer leave it to the Trainer, which comes after the model's weights have been drawn.
+    """
+    if not _is_seeded:
+        seed_generators(seed)
+
+
+def seed_generators(seed: int) -> None:
+    """Seed python's, numpy's and torch's generators (all devices)."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -60,7 +78,7 @@ def forked_rng(seed: int) -> Iterator[None]:
     Evaluations draw the same random numbers every time, and training draws the same whether it is evaluated or not.
     """
     before = capture_rng_state()
-    seed_everything(seed)
+    seed_generators(seed)
     try:
         yield
     finally:

@@ -184,10 +184,11 @@ class ByHand(Toy):
         return outputs, losses
 
 
-def test_a_script_that_scales_and_schedules_by_itself():
+@pytest.mark.parametrize("after_epoch", [True, False])
+def test_a_script_that_scales_and_schedules_by_itself(after_epoch):
     settings = {"mixed_precision": True, "precision": "fp16", "lr_scheduler": "StepLR", "epochs": 2}
     settings |= {"lr_scheduler_params": {"step_size": 2}}
-    by_hand = build(ByHand, **settings)
+    by_hand = build(ByHand, **settings, scheduler_after_epoch=after_epoch)
     by_hand.fit()
     automatic = build(**settings, grad_clip=0.5, scheduler_after_epoch=False)
     automatic.fit()
@@ -251,6 +252,17 @@ class TestBadInput:
         for settings in ({"mixed_precision": True}, {"args": TrainerArgs(grad_accum_steps=2)}):
             with pytest.raises(ValueError, match=r"Plain.optimize steps optimizer 0 without scaled_backward: call"):
                 build(Plain, **settings).fit()
+
+    def test_backward_without_scaling_in_a_later_update(self):
+        class Forgetful(Manual):
+            def scaled_backward(self, loss, trainer):
+                if trainer.total_steps_done == 0:
+                    super().scaled_backward(loss, trainer)
+                else:
+                    loss.backward()
+
+        with pytest.raises(ValueError, match=r"Forgetful.optimize steps optimizer 0 without scaled_backward"):
+            build(Forgetful, mixed_precision=True).fit()
 
     def test_closure(self):
         class Closure(Toy):

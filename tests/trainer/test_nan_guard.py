@@ -194,6 +194,17 @@ class TestSkip:
         assert message.startswith("step 5: loss is nan (bad update number 3 in a row)")
         assert trainer.guard.skipped == 2
 
+    def test_a_good_update_in_between_begins_the_count_anew(self):
+        class EveryOther(Toy):
+            def train_step(self, batch, criterion):
+                outputs, losses = super().train_step(batch, criterion)
+                bad = self.training and len(self.seen) % 2 == 0
+                return outputs, {"loss": losses["loss"] * (math.nan if bad else 1.0)}
+
+        trainer = build(EveryOther, nan_policy="skip", nan_skip_limit=2)
+        trainer.fit()
+        assert trainer.guard.skipped == 9
+
     def test_batch_norm_does_not_remember_a_bad_batch(self):
         class Normed(BadLoss):
             def __init__(self, config):

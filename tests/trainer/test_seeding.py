@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from trainer import TrainerConfig, seed_everything
+from tests.trainer.toys import Toy, ToyConfig, make_samples
+from trainer import Trainer, TrainerArgs, TrainerConfig, seed_everything, seeding
 from trainer.seeding import capture_rng_state, forked_rng, restore_rng_state, set_backend_flags
 
 
@@ -141,3 +142,34 @@ def test_backend_flags_are_what_the_config_says():
             assert found == tuple((n == name) == value for n in names[:3])
             tf32 = (name == "allow_tf32") == value
             assert (backends.cudnn.allow_tf32, backends.cuda.matmul.allow_tf32) == (tf32, tf32)
+
+
+class TestScriptsThatDoNotSeed:
+    """As those for Coqui's Trainer, which seeds by itself."""
+
+    @staticmethod
+    def train(weights: dict, noise: int) -> torch.Tensor:
+        """Fit a model with dropout; ``noise`` stands for whatever was drawn before."""
+        config = ToyConfig(dropout=0.5, epochs=1)
+        torch.manual_seed(noise)
+        model = Toy(config)
+        model.load_state_dict(weights)
+        samples = {"train_samples": make_samples(12), "eval_samples": make_samples(4)}
+        Trainer(TrainerArgs(), config, model=model, parse_command_line_args=False, **samples).fit()
+        return model.layer.weight.detach()
+
+    @pytest.fixture(autouse=True)
+    def _output(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+
+    def test_the_trainer_seeds(self, monkeypatch):
+        monkeypatch.setattr(seeding, "_is_seeded", False)
+        weights = Toy(ToyConfig()).state_dict()
+        assert torch.equal(self.train(weights, noise=1), self.train(weights, noise=2))
+        assert seeding._is_seeded is False
+
+    def test_a_script_that_has_called_seed_everything_keeps_its_numbers(self, monkeypatch):
+        monkeypatch.setattr(seeding, "_is_seeded", False)
+        weights = Toy(ToyConfig()).state_dict()
+        seed_everything(3)
+        assert not torch.equal(self.train(weights, noise=1), self.train(weights, noise=2))

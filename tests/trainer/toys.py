@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from trainer import Trainer, TrainerArgs, TrainerConfig, TrainerModel, field
+from trainer import Trainer, TrainerArgs, TrainerConfig, TrainerModel, field, seed_everything
 from trainer.data.loader import build_loader
 
 
@@ -105,7 +105,7 @@ def build(model_class=Toy, train=12, evaluation=6, args=None, seed=0, config=Non
     config = config or ToyConfig()
     for name in [k for k in kwargs if hasattr(config, k)]:
         setattr(config, name, kwargs.pop(name))
-    torch.manual_seed(seed)
+    seed_everything(seed)
     model = model or model_class(config)
     kwargs.setdefault("train_samples", make_samples(train))
     kwargs.setdefault("eval_samples", make_samples(evaluation, seed=1))
