@@ -49,7 +49,7 @@ class NanGuard:
         self.reads_are_free = device.type == "cpu"
         self.folder: Path | None = None  # where bad batches are saved
         self.suffix = ""  # of their files' names: one for each rank
-        self.skipped = self._in_a_row = 0
+        self.skipped = self._in_a_row = self._overflows_in_a_row = 0
         self._step, self._batches, self._losses = 0, [], []
         self._buffers: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._bad: torch.Tensor | None = None  # 1.0 from the first bad update on
@@ -84,12 +84,13 @@ class NanGuard:
             return True
         loss, norm = self._read([losses, norm])
         if math.isfinite(loss) and math.isfinite(norm):
-            self._in_a_row = 0
+            self._in_a_row = self._overflows_in_a_row = 0
             return True
-        self._in_a_row += 1
-        if math.isfinite(loss) and self._precision.scaling and self._in_a_row < MAX_OVERFLOWS:
+        if math.isfinite(loss) and self._precision.scaling and self._overflows_in_a_row < MAX_OVERFLOWS:
+            self._overflows_in_a_row += 1
             self._precision.overflows += 1  # not the loss, but its scale was too large: it will be halved
             return False
+        self._in_a_row += 1
         parameter = self._first_bad_parameter()
         what = f"gradient norm is {norm}" if math.isfinite(loss) else f"loss is {loss}"
         if not self._skips or self._in_a_row >= self._limit:

@@ -29,6 +29,15 @@ class BadLoss(Toy):
         return outputs, losses
 
 
+class InfiniteLoss(Toy):
+    """An infinite loss in the third update whose gradients are finite."""
+
+    def train_step(self, batch, criterion):
+        outputs, losses = super().train_step(batch, criterion)
+        bad = self.training and len(self.seen) == 3
+        return outputs, {"loss": losses["loss"] + (math.inf if bad else 0.0)}
+
+
 class BadGradient(Toy):
     """A finite loss in the third update whose gradient is not: sqrt'(0) is infinite."""
 
@@ -106,6 +115,12 @@ class TestRaise:
         trainer.callbacks.add("on_train_step_end", spoil)
         message, _ = stopped(trainer)
         assert message.startswith("step 2: loss is inf, first in the weight layer.bias;")
+
+    def test_a_loss_that_is_infinite_while_its_gradients_are_not(self):
+        trainer = build(InfiniteLoss)
+        message, sound = stopped(trainer)
+        assert message.startswith("step 3: loss is inf;")
+        assert_same_weights(weights_of(trainer.model), sound)
 
     def test_the_second_of_two_optimizers_stops_too(self):
         class Bad(ToyGan):
@@ -245,7 +260,7 @@ class TestScaling:
 
     def test_a_loss_that_is_nan_is_not_taken_for_an_overflow(self):
         message, _ = stopped(build(BadLoss, mixed_precision=True, precision="fp16"))
-        assert message.startswith("step 3: loss is nan")
+        assert message.startswith("step 3: loss is nan, first in the gradient of layer.weight")
 
     def test_overflows_without_end_stop(self):
         class Always(Toy):
@@ -254,7 +269,7 @@ class TestScaling:
                 return outputs, {"loss": losses["loss"] + (self.layer.bias * 0.0).sqrt().sum()}
 
         message, _ = stopped(build(Always, mixed_precision=True, precision="fp16", epochs=100))
-        assert message.startswith("step 50: gradient norm is nan (bad update number 50 in a row)")
+        assert message.startswith("step 51: gradient norm is nan, first in the gradient of layer.bias")
 
 
 class TestDeferred:
@@ -277,6 +292,20 @@ class TestDeferred:
         assert_same_weights(weights_of(trainer.model), weights_of(sound.model))
         assert torch.load(trainer.output_path / "bad_batch_3.pth", weights_only=True)["step"] == 3
 
+    @pytest.mark.parametrize(("model", "loss"), [(BadLoss, "nan"), (InfiniteLoss, "inf")])
+    def test_no_update_changes_anything_until_the_host_hears_of_it(self, model, loss):
+        trainer = self.build(model, optimizer="AdamW", optimizer_params={"weight_decay": 0.1})
+        look = trainer.guard._look_at_pending
+        trainer.guard._look_at_pending = lambda wait: look(wait) if wait else None  # a device that is far behind
+        seen = []
+        trainer.callbacks.add("on_train_step_end", lambda t: seen.append(weights_of(t.model)))
+        with pytest.raises(FloatingPointError, match=f"step 3: loss is {loss}"):
+            trainer.config.batch_size = 2  # six updates in the epoch
+            trainer.fit()
+        assert len(seen) == 6
+        for weights in seen[2:]:
+            assert_same_weights(weights, seen[1])
+
     def test_a_sound_run_is_bitwise_the_same(self):
         deferred, plain = self.build(Toy, optimizer="AdamW"), build(optimizer="AdamW", optimizer_params={"fused": True})
         deferred.fit()
@@ -285,7 +314,8 @@ class TestDeferred:
 
     def test_it_is_heard_of_before_anything_is_saved(self):
         trainer = self.build(BadLoss, optimizer="AdamW", save_step=3)
-        stopped(trainer)
+        message, _ = stopped(trainer)
+        assert message.startswith("step 3: loss is nan, first in the gradient of layer.weight; its batches are saved in")
         assert list_checkpoints(trainer.output_path) == []
 
     def test_an_update_reads_nothing_back(self):
