@@ -37,7 +37,8 @@ class Batches:
 
     def rest_of_epoch(self, loader: DataLoader, epoch: int, start: int) -> Iterator[Any]:
         """The batches of an epoch from ``start`` on."""
-        return rest_of_epoch(loader, epoch, start, self.epoch_length(loader) if self.ranks.world_size > 1 else None)
+        length = self.epoch_length(loader) if self.ranks.world_size > 1 else None
+        return rest_of_epoch(loader, epoch, start, length, self.config.training_seed)
 
     def windows(self, loader: DataLoader) -> Iterator[list[Any]]:
         """The rest of this epoch's batches, in lists of grad_accum_steps."""

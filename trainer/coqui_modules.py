@@ -23,8 +23,8 @@ MODULES: dict[str, dict[str, tuple[str, str]]] = {
         "DistributedSamplerWrapper": ("trainer.data.loader", "DistributedSamplerWrapper"),
     },
     "trainer.generic_utils": {
-        "KeepAverage": ("trainer.averages", "Averages"),
         "count_parameters": (_NAMES, "count_parameters"),
+        "set_partial_state_dict": (_NAMES, "set_partial_state_dict"),
         "is_pytorch_at_least_2_3": (_NAMES, "is_pytorch_at_least_2_4"),
         "is_pytorch_at_least_2_4": (_NAMES, "is_pytorch_at_least_2_4"),
     },

@@ -1,6 +1,8 @@
 """What Coqui's models and scripts call by another name, or have besides; see coqui_modules for where they find it."""
 
 import functools
+import io
+import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -10,12 +12,17 @@ from typing import TYPE_CHECKING, Any
 import fsspec
 import torch
 
+from trainer.checkpoint import write_file
 from trainer.optimizers import get_lr, new_optimizer, new_scheduler, reset_lr
+from trainer.restore import fit_weights, report, summary, under_own_names
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
     from trainer.model import TrainerModel
+
+
+logger = logging.getLogger("trainer")
 
 
 class CoquiNames:
@@ -130,9 +137,14 @@ def load_fsspec(path: str | os.PathLike, map_location: Any = None, *, cache: boo
 
 
 def save_fsspec(state: Any, path: str | os.PathLike, **options: Any) -> None:
-    """``torch.save`` to a path or URL."""
+    """``torch.save`` to a path or URL; a file that is there already stays until the new one is whole."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer, **options)
+    if "://" not in str(path):
+        write_file(Path(path), lambda file: file.write(buffer.getbuffer()))
+        return
     with fsspec.open(str(path), "wb") as file:
-        torch.save(state, file, **options)
+        file.write(buffer.getbuffer())
 
 
 def get_user_data_dir(appname: str) -> Path:
@@ -146,6 +158,16 @@ def get_user_data_dir(appname: str) -> Path:
     else:
         folder = Path.home() / ".local/share"
     return folder / appname
+
+
+def set_partial_state_dict(model_dict: dict[str, Any], checkpoint_state: dict[str, Any], config: Any) -> dict[str, Any]:
+    """The model's state with what fits of a checkpoint's (see restore.fit_weights); tells what does not."""
+    words = getattr(config, "reinit_layers", None) or []
+    weights, entries = fit_weights(under_own_names(checkpoint_state, model_dict), model_dict, words)
+    for line in (summary(entries), *report(entries)):
+        logger.info(line)
+    model_dict.update(weights)
+    return model_dict
 
 
 def count_parameters(model: torch.nn.Module) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trainer.averages import named
-from trainer.optimizers import step_schedulers
+from trainer.optimizers import parameters_of, step_schedulers
 
 if TYPE_CHECKING:
     from trainer.trainer import Trainer
@@ -34,9 +34,9 @@ class ManualOptimization:
     ``optimizer.zero_grad()``), it gets what the automatic path has. While it runs,
 
     * ``scaled_backward`` scales the loss, and weighs it by the batch's share of the window's samples;
-    * ``optimizer.step()`` does nothing until the last batch of the window; then it unscales the gradients, calls
-      ``before_gradient_clipping``, measures their norm, checks that they are finite, clips, and steps;
-    * ``optimizer.zero_grad()`` does nothing while gradients are being accumulated;
+    * ``optimizer.step()`` puts the gradients aside until the last batch of the window, where neither ``zero_grad`` nor
+      another optimizer's loss touches them; then it adds them up, unscales them, calls ``before_gradient_clipping``,
+      measures their norm, checks that they are finite, clips, and steps;
     * ``scaler.step(optimizer)`` is the same as ``optimizer.step()``, and ``scaler.update()`` is left to the Trainer;
     * a scheduler of unit ``step`` follows its optimizer. One that ``optimize`` was seen to step is left to it.
     """
@@ -46,7 +46,7 @@ class ManualOptimization:
         self._weight: float | torch.Tensor = 1.0
         self._first = self._last = True
         self._has_gradients = False
-        self._held: set[int] = set()  # optimizers whose step waits for the window's last batch
+        self._held: dict[int, list] = {}  # gradients of optimizers whose step waits for the window's last batch
         self._stepped: set[int] = set()  # in this call of optimize
         self._asked: set[int] = set()
 
@@ -65,6 +65,11 @@ class ManualOptimization:
             if losses:
                 trainer.keep_avg_train.add(trainer.total_steps_done + 1, named(losses, None, {}), n)
             outputs = found or {}
+        self._stepped.clear()
+        with self._intercepted():
+            for idx in list(self._held):  # those that the last batch did not ask for
+                trainer.optimizer[idx].step()
+        step_schedulers(trainer.scheduler, trainer.scheduler_units, "step", self._stepped - trainer.own_schedulers)
         return outputs
 
     def backward(self, loss: torch.Tensor, **options: Any) -> None:
@@ -76,13 +81,12 @@ class ManualOptimization:
 
     @contextlib.contextmanager
     def _intercepted(self) -> Iterator[None]:
-        scaler, precision = self._trainer.precision.scaler, self._trainer.precision
+        scaler = self._trainer.precision.scaler
         with contextlib.ExitStack() as stack:
             for idx, optimizer in enumerate(self._trainer.optimizer):
                 step = functools.partial(self._step, idx, optimizer.step)
                 step._wrapped_by_lr_sched = True  # schedulers warn when step is not the one that they know
-                zero_grad = functools.partial(self._zero_grad, idx, optimizer.zero_grad)
-                stack.enter_context(_replaced(optimizer, step=step, zero_grad=zero_grad))
+                stack.enter_context(_replaced(optimizer, step=step))
             for idx, scheduler in enumerate(self._trainer.scheduler):
                 if scheduler is not None:
                     step = functools.partial(self._step_scheduler, idx, scheduler.step)
@@ -91,7 +95,7 @@ class ManualOptimization:
                 _replaced(
                     scaler,
                     step=lambda optimizer: optimizer.step(),
-                    unscale_=lambda optimizer: precision.unscale(optimizer) if self._last else None,
+                    unscale_=self._unscale,
                     update=lambda: None,
                 )
             )
@@ -115,17 +119,29 @@ class ManualOptimization:
                 f"{name}.optimize steps optimizer {idx} without scaled_backward: call self.scaled_backward(loss, "
                 "trainer) instead of loss.backward(), which can be neither scaled nor accumulated"
             )
+        self._add_held(idx)
         if not self._last:
-            self._held.add(idx)
+            self._held[idx] = [parameter.grad for parameter in parameters_of(optimizer)]
+            for parameter in parameters_of(optimizer):
+                parameter.grad = None
             return
         with _replaced(optimizer, step=original), self._trainer.precision.no_autocast():
             if self._trainer.update(idx):
                 self._stepped.add(idx)
 
-    def _zero_grad(self, idx: int, original: Callable, *args: Any, **options: Any) -> None:
-        before_the_window = self._first and idx not in self._held
-        if before_the_window or (self._last and idx in self._asked):
-            original(*args, **options)
+    def _unscale(self, optimizer: Any) -> None:
+        if self._last:
+            self._add_held(next(i for i, o in enumerate(self._trainer.optimizer) if o is optimizer))
+            self._trainer.precision.unscale(optimizer)
+
+    def _add_held(self, idx: int) -> None:
+        """Add the gradients of the window's earlier batches."""
+        parameters = parameters_of(self._trainer.optimizer[idx])
+        for parameter, held in zip(parameters, self._held.pop(idx, [])):
+            if parameter.grad is None or held is None:
+                parameter.grad = held if parameter.grad is None else parameter.grad
+            else:
+                parameter.grad = held.add_(parameter.grad)
 
     def _step_scheduler(self, idx: int, original: Callable, *args: Any) -> None:
         self._trainer.own_schedulers.add(idx)

@@ -1,6 +1,7 @@
 """What a run records of where it comes from. Here: its folder, named after the time and the code's commit."""
 
 import datetime
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ def new_run_folder(output_path: str, run_name: str) -> Path:
     Raises:
         ValueError: the output path is not a local folder.
     """
-    if "://" in output_path:
+    if re.match(r"[A-Za-z][\w+.-]+:/", output_path):  # a Path makes s3:/bucket of s3://bucket
         raise ValueError(f"output_path={output_path!r}: only local folders can be written to")
     script = Path(sys.argv[0])
     commit = git_commit(script.resolve().parent if script.is_file() else Path.cwd())

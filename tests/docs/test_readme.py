@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from trainer import Trainer, TrainerArgs, TrainerConfig
+
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf8")
 
@@ -50,3 +52,29 @@ def test_recipe_commands_are_understood(command):
         [sys.executable, str(ROOT / script), *flags, "--help"], capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_several_ranks(tmp_path):
+    """The command for processes without a GPU, cut short."""
+    command = re.search(r"\.venv/bin/python (-m trainer\.distribute --nproc .*)", README)[1].split()
+    command[-1] = str(ROOT / command[-1])
+    arguments = [f"--coqpit.output_path={tmp_path}", "--coqpit.max_steps=2"]
+    result = subprocess.run(
+        [sys.executable, *command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    (run,) = tmp_path.iterdir()
+    assert {"trainer_0_log.txt", "trainer_1_log.txt", "checkpoint_2.pth"} <= {path.name for path in run.iterdir()}
+    assert "2 ranks of" in (run / "trainer_0_log.txt").read_text(encoding="utf8")
+
+
+def test_fields_and_arguments_that_it_names_are_there():
+    fields = set(re.findall(r"--coqpit\.(\w+)", README)) - {"dataset_path", "cache_dir"}  # those of VITS
+    assert len(fields) >= 8
+    assert fields <= set(TrainerConfig.__dataclass_fields__)
+    for name in ("grad_accum_steps", "continue_path", "restore_path"):
+        assert f"--{name}" in README
+        assert name in TrainerArgs.__dataclass_fields__
+    for name in ("fit_with_largest_batch_size", "profile_fit"):
+        assert f"trainer.{name}(" in README
+        assert callable(getattr(Trainer, name))

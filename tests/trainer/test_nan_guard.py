@@ -315,7 +315,9 @@ class TestDeferred:
     def test_it_is_heard_of_before_anything_is_saved(self):
         trainer = self.build(BadLoss, optimizer="AdamW", save_step=3)
         message, _ = stopped(trainer)
-        assert message.startswith("step 3: loss is nan, first in the gradient of layer.weight; its batches are saved in")
+        assert message.startswith(
+            "step 3: loss is nan, first in the gradient of layer.weight; its batches are saved in"
+        )
         assert list_checkpoints(trainer.output_path) == []
 
     def test_an_update_reads_nothing_back(self):

@@ -411,7 +411,9 @@ def _samplers(loader: DataLoader) -> list:
     return list({id(sampler): sampler for sampler in found if sampler is not None}.values())
 
 
-def rest_of_epoch(loader: DataLoader, epoch: int, start_batch: int, batches: int | None = None) -> Iterator:
+def rest_of_epoch(
+    loader: DataLoader, epoch: int, start_batch: int, batches: int | None = None, seed: int = 0
+) -> Iterator:
     """The batches of an epoch from `start_batch` on.
 
     A loader of build_loader or shard is set to that place. Of any other loader the first batches are read and dropped,
@@ -423,6 +425,7 @@ def rest_of_epoch(loader: DataLoader, epoch: int, start_batch: int, batches: int
         start_batch: batches to leave out.
         batches: of the whole epoch on the rank that has most of them; None with one rank. A rank that has no samples
             of its own in a step gets Repeated.
+        seed: of the order that another loader's samplers and generator draw.
 
     Raises:
         ValueError: this rank has no batch at all, and others have.
@@ -433,13 +436,28 @@ def rest_of_epoch(loader: DataLoader, epoch: int, start_batch: int, batches: int
             if hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(epoch)
         if batches is None:
-            return itertools.islice(iter(loader), start_batch, None)
-        return _lengthened(iter(loader), start_batch, batches)
+            return _ordered(loader, seed, epoch, start_batch)
+        return _lengthened(_ordered(loader, seed, epoch, 0), start_batch, batches)
     sampler.set_epoch(epoch, start_batch)
     empty = sampler.batch_without_samples()
     if empty is None:
         return iter(loader)
     return (Repeated(batch) if i == empty else batch for i, batch in enumerate(loader, start_batch))
+
+
+def _ordered(loader: DataLoader, seed: int, epoch: int, start: int) -> Iterator:
+    """The batches from `start` on, in an order that is drawn with generators seeded from (seed, epoch)."""
+    with _kept_rng():
+        _seed_rng(seed, (_ORDER, epoch))
+        for owner in (loader, *_samplers(loader)):
+            if getattr(owner, "generator", None) is not None:
+                owner.generator.manual_seed(torch.initial_seed())
+        batches = iter(loader)
+        for _ in range(start):
+            next(batches, None)
+        # samplers draw when they are asked for the first time
+        first = [] if start else list(itertools.islice(batches, 1))
+    return itertools.chain(first, batches)
 
 
 def _lengthened(own: Iterator, start: int, length: int) -> Iterator:

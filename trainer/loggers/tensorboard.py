@@ -58,5 +58,6 @@ class TensorboardLogger(DashboardLogger):
 
 def new_dashboard(config: "TrainerConfig", folder: Path) -> DashboardLogger:
     """The dashboard that the config names, writing into ``logger_uri`` or the run's folder."""
-    folder = Path(config.logger_uri) if config.logger_uri else folder
-    return TensorboardLogger(folder) if config.dashboard_logger == "tensorboard" else DashboardLogger()
+    if config.dashboard_logger == "none":
+        return DashboardLogger()
+    return TensorboardLogger(config.logger_uri or folder)  # no Path: TensorBoard writes to URLs as well
