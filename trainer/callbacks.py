@@ -55,6 +55,10 @@ class Callbacks:
             given = functions.get(name, [])
             self._calls[name] = calls + (list(given) if isinstance(given, list | tuple) else [given])
 
+    def hears(self, name: str) -> bool:
+        """Whether anything is registered under ``name``."""
+        return bool(self._calls[name])
+
     def add(self, name: str, function: Callable) -> Callable[[], None]:
         """Call another function under ``name``; returns what takes it away again."""
         self._calls[name].append(function)

@@ -1,5 +1,6 @@
 """What a training can set: TrainerArgs for one start of it, TrainerConfig for the run."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -160,6 +161,13 @@ class TrainerConfig(CheckedConfig):
     ema_decay: float | None = field(
         None, "Keep an exponential moving average of the weights, and evaluate and test with it.", min=0, max=1
     )
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of the fields but for ``device``.
+
+        Coqui TTS's models copy every field onto themselves, and have a property of that name.
+        """
+        return (name for name in super().__iter__() if name != "device")
 
     def check(self, complete: bool = True) -> None:
         """As for every config; also that fields which belong together go together."""

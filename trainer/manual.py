@@ -50,9 +50,9 @@ class ManualOptimization:
         self._stepped: set[int] = set()  # in this call of optimize
         self._asked: set[int] = set()
 
-    def run(self, batches: list[Any], samples: list[int], weights: list[Any]) -> dict[str, Any]:
-        """One update from the batches of a window; returns the outputs of the last."""
-        trainer, outputs = self._trainer, {}
+    def run(self, batches: list[Any], samples: list[int], weights: list[Any]) -> dict[str, Any] | None:
+        """One update from the batches of a window; returns the outputs of the last, None if it skipped all."""
+        trainer, outputs = self._trainer, None
         self._held.clear()
         self._has_gradients = False
         for i, (batch, n, self._weight) in enumerate(zip(batches, samples, weights)):
@@ -64,7 +64,7 @@ class ManualOptimization:
             step_schedulers(trainer.scheduler, trainer.scheduler_units, "step", self._stepped - trainer.own_schedulers)
             if losses:
                 trainer.keep_avg_train.add(trainer.total_steps_done + 1, named(losses, None, {}), n)
-            outputs = found or {}
+                outputs = found or {}
         self._stepped.clear()
         with self._intercepted():
             for idx in list(self._held):  # those that the last batch did not ask for

@@ -1,6 +1,8 @@
 """TrainerModel: what a model file implements."""
 
+import contextlib
 import inspect
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -70,6 +72,26 @@ def check_losses(model: "TrainerModel", method: str, losses: Any, needs_loss: bo
         found = ", ".join(map(str, losses)) if is_dict else type(losses).__name__
         what = "a tensor 'loss'" if needs_loss else "a tensor"
         raise ValueError(f"{type(model).__name__}.{method} returned losses ({found}) without {what}")
+
+
+@contextlib.contextmanager
+def own_tensors(model: "TrainerModel", kept: dict[str, Any]) -> Iterator[None]:
+    """Give a model the tensors that it has put on ``self`` in an earlier pass over this batch; keep those of this pass.
+
+    Models for Coqui's Trainer hand outputs from one optimizer's pass to the next in this way; of several batches that
+    are accumulated, each then finds its own. Tensors on submodules are not looked after.
+    """
+    vars(model).update(kept)
+    before = dict(vars(model))
+    yield
+    changed = {name: value for name, value in vars(model).items() if before.get(name) is not value}
+    kept.update({name: value for name, value in changed.items() if _holds_tensors(value)})
+
+
+def _holds_tensors(value: Any) -> bool:
+    if isinstance(value, dict | list | tuple):
+        return any(map(_holds_tensors, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, torch.Tensor)
 
 
 class TrainerModel(nn.Module):

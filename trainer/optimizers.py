@@ -1,7 +1,8 @@
 """Building optimizers, schedulers and criteria (the model's own, or those that the config names), and stepping them."""
 
+import contextlib
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -313,6 +314,18 @@ def build_criteria(model: TrainerModel, optimizers: list[Optimizer], device: tor
 
 
 # ---- gradients ----
+
+
+@contextlib.contextmanager
+def gradients_apart(optimizer: Optimizer) -> Iterator[None]:
+    """Keep accumulated gradients from a callback that steps and clears by itself, as Coqui's Capacitron does."""
+    held = [(parameter, parameter.grad) for parameter in parameters_of(optimizer)]
+    for parameter, _ in held:
+        parameter.grad = None
+    yield
+    for parameter, gradient in held:
+        if gradient is not None:
+            parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
 
 
 def build_max_norms(config: TrainerConfig, optimizers: list[Optimizer]) -> list[float]:

@@ -28,6 +28,7 @@ class Run:
         self._given_dashboard, self._dashboard = dashboard, dashboard
         self._folder: Path | None = None
         self._is_open = False
+        self._told: set[str] = set()
 
     @property
     def output_path(self) -> Path:
@@ -134,6 +135,8 @@ class Run:
         Raises:
             ValueError: there is no loss to judge by, and a scheduler or early stopping needs one.
         """
+        if not means:  # the model has skipped all batches
+            return
         config = self.config
         loss = target_loss(means, config.target_loss, len(self.optimizer))
         if loss is None:  # a model with its own optimize names its losses as it likes
@@ -162,7 +165,7 @@ class Run:
         """Call the model's test_run and test_log, if it has them."""
         if not overrides(self.model, "test_run") or not self.ranks.is_main:
             return
-        with self._evaluating():
+        with self._evaluating(torch.no_grad):  # what is made in inference mode cannot be used in training
             outputs = self.model.test_run(self)
             if overrides(self.model, "test_log"):
                 self.model.test_log(outputs, self.dashboard_logger, self.total_steps_done)
@@ -171,6 +174,23 @@ class Run:
     def show(self, hook: str, batch: Any, outputs: dict[str, Any]) -> None:
         """Call the model's train_log or eval_log, if it has it."""
         if overrides(self.model, hook) and self.ranks.is_main:
-            with torch.no_grad(), forked_rng(self._seed):
-                getattr(self.model, hook)(batch, outputs, self.dashboard_logger, self.total_steps_done)
+            try:
+                with torch.no_grad(), forked_rng(self._seed):
+                    outputs = {name: _in_full_precision(value) for name, value in outputs.items()}
+                    getattr(self.model, hook)(batch, outputs, self.dashboard_logger, self.total_steps_done)
+            except NotImplementedError as error:
+                # models of Coqui TTS inherit hooks that call what only some of them define
+                self.warn_once(f"{type(self.model).__name__}.{hook} shows nothing: {error!r}")
         self.dashboard_logger.flush()
+
+    def warn_once(self, text: str) -> None:
+        """One line that stands out, the first time."""
+        if text not in self._told:
+            self._told.add(text)
+            self.c_logger.warn(text)
+
+
+def _in_full_precision(value: Any) -> Any:
+    """An output of a step under autocast, as NumPy and plots can read it."""
+    is_half = isinstance(value, torch.Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+    return value.float() if is_half else value

@@ -1,12 +1,12 @@
 """The Trainer: fit, train_step, evaluate. Read it from top to bottom."""
 
-import contextlib
 import functools
 import itertools
 import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from trainer.ema import EMA
 from trainer.loggers.base import DashboardLogger
 from trainer.loggers.console import ConsoleLogger, StepClock
 from trainer.manual import ManualOptimization
-from trainer.model import Batch, TrainerModel, call_step, eval_passes, overrides
+from trainer.model import Batch, TrainerModel, call_step, eval_passes, overrides, own_tensors
 from trainer.nan_guard import NanGuard
 from trainer.precision import Precision
 from trainer.run import Run
@@ -199,14 +199,14 @@ class Trainer(Run, Batches, CoquiNames):
         for batches in self._clock.wait_for(self.windows(loader)):
             plotting = (self.total_steps_done + 1) % self.config.plot_step == 0
             batch, outputs = self.train_step(batches)
-            self._after_update(updates, (batch, outputs) if plotting else None)
+            self._after_update(updates, (batch, outputs) if plotting and outputs is not None else None)
             del batch, outputs  # not alive, with all that they hold, during the next forward pass
             if self._finished():
                 break
         self.guard.finish()
         self.keep_avg_train.read()
         if not self.keep_avg_train.means:
-            raise ValueError(f"{type(self.model).__name__}.train_step returned no loss for any batch of the epoch")
+            self.c_logger.warn(f"{type(self.model).__name__} returned no loss for any batch of the epoch")
         self.c_logger.end_epoch()
         self.callbacks("on_train_epoch_end", self)
         self.dashboard_logger.train_epoch_stats(self.total_steps_done, self.keep_avg_train.means)
@@ -214,11 +214,12 @@ class Trainer(Run, Batches, CoquiNames):
             self.dashboard_logger.model_weights(self.model, self.total_steps_done)
         return n
 
-    def train_step(self, batches: list[Any]) -> tuple[Batch, dict[str, Any]]:
+    def train_step(self, batches: list[Any]) -> tuple[Batch, dict[str, Any] | None]:
         """One update of every optimizer's weights from the batches of one accumulation window.
 
         Returns:
-            The last batch, as the model saw it, and its outputs (of optimizer ``i`` named ``NAME_i``, if several).
+            The last batch, as the model saw it, and its outputs (of optimizer ``i`` named ``NAME_i``, if several); None
+            if the model has skipped all batches.
         """
         self.callbacks("on_train_step_start", self)
         self._rates = {f"current_lr{self._suffix(i)}": o.param_groups[0]["lr"] for i, o in enumerate(self.optimizer)}
@@ -239,28 +240,31 @@ class Trainer(Run, Batches, CoquiNames):
         self.callbacks("on_train_step_end", self)
         return formatted[-1], outputs
 
-    def _optimize(self, batches: list[Batch], samples: list[int], weights: list) -> dict[str, Any]:
+    def _optimize(self, batches: list[Batch], samples: list[int], weights: list) -> dict[str, Any] | None:
         """Each optimizer in turn sees all batches of the window, so that accumulating is the same as one larger batch:
         the second optimizer's losses are computed with what the first one has updated.
         """
-        outputs: dict[str, Any] = {}
+        outputs: dict[str, Any] | None = None
+        several, kept = len(batches) > 1, [{} for _ in batches]
         for idx, optimizer in enumerate(self.optimizer):
             suffix, any_loss = self._suffix(idx), False
             # of several optimizers' weights, only this one's need gradients now
             parameters = optimizers.parameters_of(optimizer) if suffix else None
-            for batch, n, weight in zip(batches, samples, weights):
-                with self.precision.autocast():
+            for batch, n, weight, tensors in zip(batches, samples, weights, kept):
+                with self.precision.autocast(), own_tensors(self.model, tensors) if several else nullcontext():
                     found, losses = call_step(self.model, "train_step", batch, self.criterion[idx], self._index(idx))
                 if not losses:
                     continue
                 any_loss = True
-                self.callbacks("before_backward_pass", losses, self.optimizer)
+                if self.callbacks.hears("before_backward_pass"):
+                    with optimizers.gradients_apart(optimizer) if several else nullcontext():
+                        self.callbacks("before_backward_pass", losses, self.optimizer)
                 self.guard.saw(losses["loss"])
                 self.precision.backward(losses["loss"], weight, parameters)
                 self.keep_avg_train.add(
                     self.total_steps_done + 1, named(losses, self._index(idx), self._loss_owners), n
                 )
-                outputs.update({f"{name}{suffix}": value for name, value in (found or {}).items()})
+                outputs = {**(outputs or {}), **{f"{name}{suffix}": value for name, value in (found or {}).items()}}
             if self.update(idx, any_loss):
                 optimizers.step_schedulers(self.scheduler, self.scheduler_units, "step", {idx})
             optimizer.zero_grad(set_to_none=True)
@@ -326,19 +330,21 @@ class Trainer(Run, Batches, CoquiNames):
                     return None
                 batch, outputs = self.eval_step(batch, i)
                 # the first batch holds the same samples every time: what is shown of it can be compared
-                shown = shown or (batch, outputs)
+                if shown is None and outputs is not None:
+                    shown = batch, outputs
             self.keep_avg_eval.read()
             step, means = self.total_steps_done, self.keep_avg_eval.means
             self.c_logger.print_eval(f"step {step}", means, time.perf_counter() - start)
             self.dashboard_logger.eval_stats(step, means)
-            self.show("eval_log", *shown)
+            if shown is not None:
+                self.show("eval_log", *shown)
             self.callbacks("on_eval_epoch_end", self)
         return means
 
-    def eval_step(self, batch: Any, number: int) -> tuple[Batch, dict[str, Any]]:
-        """Losses of an evaluation batch, for every optimizer; returns the batch and the outputs."""
+    def eval_step(self, batch: Any, number: int) -> tuple[Batch, dict[str, Any] | None]:
+        """Losses of an evaluation batch, for every optimizer; returns the batch and the outputs, as train_step."""
         self.callbacks("on_eval_step_start", self)
-        (batch, samples), outputs = self.prepare(batch), {}
+        (batch, samples), outputs = self.prepare(batch), None
         for idx, criterion in eval_passes(self.model, self.criterion):
             with self.precision.autocast():
                 found, losses = call_step(
@@ -347,24 +353,25 @@ class Trainer(Run, Batches, CoquiNames):
             if losses:
                 values = named(losses, idx, self._loss_owners)
                 self.keep_avg_eval.add(number, values, samples)
-                outputs.update({k if idx is None else f"{k}_{idx}": v for k, v in (found or {}).items()})
+                found = {k if idx is None else f"{k}_{idx}": v for k, v in (found or {}).items()}
+                outputs = {**(outputs or {}), **found}
         if self.config.print_eval:
             self.keep_avg_eval.read()
             self.c_logger.print_eval(f"batch {number}", self.keep_avg_eval.last)
         self.callbacks("on_eval_step_end", self)
         return batch, outputs
 
-    @contextlib.contextmanager
-    def _evaluating(self) -> Iterator[None]:
+    @contextmanager
+    def _evaluating(self, without_gradients: Callable = torch.inference_mode) -> Iterator[None]:
         """Eval mode, averaged weights, freshly seeded generators; all is put back as it was.
 
         Evaluations then draw the same numbers every time, and the training does not depend on them.
         """
         modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
-        averaged = contextlib.nullcontext() if self.ema is None else self.ema.swapped()
+        averaged = nullcontext() if self.ema is None else self.ema.swapped()
         try:
-            with averaged, torch.inference_mode(), forked_rng(self._seed):
+            with averaged, without_gradients(), forked_rng(self._seed):
                 yield
         finally:
             for module, training in modes:

@@ -171,7 +171,7 @@ def failing(name: str) -> type:
 
 
 STEPS = ("train_step", "eval_step", "optimize", "format_batch", "format_batch_on_device")
-SHOWN = ("train_log", "eval_log", "test_run", "test_log", "on_epoch_start", "before_gradient_clipping")
+SHOWN = ("test_run", "test_log", "on_epoch_start", "before_gradient_clipping")
 BUILT = ("get_optimizer", "get_lr", "get_scheduler", "get_criterion", "get_data_loader")
 
 
