@@ -299,8 +299,8 @@ class TestDeferred:
         trainer.guard._look_at_pending = lambda wait: look(wait) if wait else None  # a device that is far behind
         seen = []
         trainer.callbacks.add("on_train_step_end", lambda t: seen.append(weights_of(t.model)))
+        trainer.config.batch_size = 2  # six updates in the epoch
         with pytest.raises(FloatingPointError, match=f"step 3: loss is {loss}"):
-            trainer.config.batch_size = 2  # six updates in the epoch
             trainer.fit()
         assert len(seen) == 6
         for weights in seen[2:]:
