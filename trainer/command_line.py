@@ -8,6 +8,7 @@ import argparse
 import copy
 import dataclasses
 import json
+import logging
 import sys
 import typing
 from collections.abc import Mapping, Sequence
@@ -32,6 +33,7 @@ from trainer.checked_config import (
 from trainer.config import TrainerArgs
 
 PREFIX = "coqpit."
+logger = logging.getLogger("trainer")
 
 
 def parse_command_line(
@@ -39,6 +41,7 @@ def parse_command_line(
     parser: argparse.ArgumentParser | None = None,
     argv: Sequence[str] | None = None,
     args: TrainerArgs | None = None,
+    leave_others: bool = False,
 ) -> tuple[TrainerArgs, argparse.Namespace]:
     """Apply the command line to ``config`` (in place) and read the Trainer's arguments.
 
@@ -49,6 +52,8 @@ def parse_command_line(
         parser: holds the script's own flags; it is not changed, so it can be used again with another config.
         argv: the arguments, ``sys.argv[1:]`` by default.
         args: defaults of the Trainer's arguments; set in place.
+        leave_others: flags that are neither the config's nor like one of the Trainer's are the script's own: a warning
+            names them. Otherwise they are errors.
 
     Returns:
         The Trainer's arguments, and the namespace with the script's own flags.
@@ -64,7 +69,7 @@ def parse_command_line(
     given = {name: text for name, text in vars(namespace).items() if name in paths}
     flags = argparse.Namespace(**{k: v for k, v in vars(namespace).items() if k not in given})
     overrides = {k: given.pop(k) for k in list(given) if k.startswith(PREFIX)}
-    problems += _unknown(rest, parser) + _apply(args, "", given)
+    problems += _unknown(rest, parser, leave_others) + _apply(args, "", given)
     if args.continue_path:
         try:
             load_run_config(config, args.continue_path)
@@ -270,15 +275,21 @@ def _take_dotted(argv: Sequence[str], config: Any, prefix: str) -> tuple[list[st
     return rest, dotted, problems
 
 
-def _unknown(rest: list[str], parser: argparse.ArgumentParser) -> list[str]:
+def _unknown(rest: list[str], parser: argparse.ArgumentParser, leave_others: bool = False) -> list[str]:
     """What to say of the words that argparse did not know."""
     known = sorted(option for action in parser._actions for option in action.option_strings)
-    words, problems = list(rest), []
+    words, problems, others = list(rest), [], []
     while words:
         name, equals, _ = words.pop(0).partition("=")
-        problems.append(f"{name}: unknown argument{nearest(name, known)}")
+        is_ours = name.startswith("--" + PREFIX) or nearest(name, known, cutoff=0.85)
+        if is_ours or not leave_others:
+            problems.append(f"{name}: unknown argument{nearest(name, known)}")
+        else:
+            others.append(name)
         if not equals and name.startswith("--") and words and not words[0].startswith("--"):
             words.pop(0)  # the unknown flag's value
+    if others:
+        logger.warning("not the Trainer's arguments, left to the script: %s", ", ".join(others))
     return problems
 
 

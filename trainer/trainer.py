@@ -70,7 +70,7 @@ class Trainer(Run, Batches, CoquiNames):
         gpu: int | None = None,
     ) -> None:
         if parse_command_line_args:
-            parse_command_line(config, args=args)
+            parse_command_line(config, args=args, leave_others=True)
         args.check()
         config.check()
         if not isinstance(model, TrainerModel):

@@ -505,6 +505,24 @@ def test_the_trainer_reads_the_command_line_by_itself(monkeypatch):
     assert trainer.optimizer[0].defaults["momentum"] == 0.5
 
 
+def test_the_scripts_own_arguments_are_left_to_it(monkeypatch, caplog):
+    monkeypatch.setattr("sys.argv", ["demo.py", "serve", "--port", "5003", "--batch_size=7", "--coqpit.epochs", "2"])
+    config = ToyConfig()
+    Trainer(TrainerArgs(), config, model=Toy(config))
+    assert (config.epochs, config.batch_size) == (2, 4)
+    assert "not the Trainer's arguments, left to the script: serve, --port, --batch_size" in caplog.text
+
+
+@pytest.mark.parametrize("argument", ["--coqpit.epochz=1", "--restore_pth=x", "--coqpit.port=1"])
+def test_what_looks_like_the_trainers_argument_is_an_error(monkeypatch, capsys, argument):
+    monkeypatch.setattr("sys.argv", ["demo.py", "--port=5003", argument])
+    config = ToyConfig()
+    with pytest.raises(SystemExit) as stopped:
+        Trainer(TrainerArgs(), config, model=Toy(config))
+    assert stopped.value.code == 2
+    assert f"{argument.partition('=')[0]}: unknown argument" in capsys.readouterr().err
+
+
 def test_print_eval_prints_every_batch(caplog):
     build(epochs=1, print_eval=True, evaluation=6).fit()
     assert [line for line in caplog.messages if line.startswith("eval at batch")][1].startswith(
