@@ -65,11 +65,12 @@ class ManualOptimization:
             if losses:
                 trainer.keep_avg_train.add(trainer.total_steps_done + 1, named(losses, None, {}), n)
                 outputs = found or {}
-        self._stepped.clear()
-        with self._intercepted():
-            for idx in list(self._held):  # those that the last batch did not ask for
-                trainer.optimizer[idx].step()
-        step_schedulers(trainer.scheduler, trainer.scheduler_units, "step", self._stepped - trainer.own_schedulers)
+        if self._held:  # by optimizers for which the last batch did not ask
+            self._stepped.clear()
+            with self._intercepted():
+                for idx in list(self._held):
+                    trainer.optimizer[idx].step()
+            step_schedulers(trainer.scheduler, trainer.scheduler_units, "step", self._stepped - trainer.own_schedulers)
         return outputs
 
     def backward(self, loss: torch.Tensor, **options: Any) -> None:
@@ -113,6 +114,8 @@ class ManualOptimization:
                 f"{name}.optimize steps optimizer {idx} twice with one batch, which cannot be accumulated: "
                 f"set grad_accum_steps=1 (it is {self._trainer.args.grad_accum_steps})"
             )
+        if idx in self._asked:
+            self._trainer.precision.update()  # gradients are unscaled once before it
         self._asked.add(idx)
         if not self._has_gradients and (waits or self._trainer.precision.scaling):
             raise ValueError(
@@ -128,6 +131,8 @@ class ManualOptimization:
         with _replaced(optimizer, step=original), self._trainer.precision.no_autocast():
             if self._trainer.update(idx):
                 self._stepped.add(idx)
+                # autocast keeps casted weights until its context ends, which here is that of the whole of optimize
+                torch.clear_autocast_cache()
 
     def _unscale(self, optimizer: Any) -> None:
         if self._last:

@@ -65,7 +65,7 @@ class Precision:
         ``scaler.step`` is not used: it reads from the device whether a gradient overflowed, which the norm has told.
         """
         if self._unscaled:
-            self.scaler.update()
+            torch.amp.GradScaler.update(self.scaler)
             self._unscaled.clear()
 
     def stats(self) -> dict[str, float]:

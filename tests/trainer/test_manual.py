@@ -1,6 +1,6 @@
 """Models with their own ``optimize``: what the automatic path does happens inside their plain-looking code."""
 
-import copy
+import functools
 import math
 
 import pytest
@@ -99,25 +99,33 @@ def test_equals_the_automatic_path_bitwise(model, name, accumulate):
     assert automatic.precision.scaler.state_dict() == manual.precision.scaler.state_dict()
 
 
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("clip", [0.0, 0.3])
-def test_a_gan_equals_a_plain_loop_bitwise(clip):
-    trainer = build(ManualGan, optimizer="AdamW", lr=0.01, epochs=2, grad_clip=clip)
+def test_a_gan_equals_a_plain_loop_bitwise(clip, autocast):
+    """Under autocast, the generator's loss is computed with what the discriminator has just learnt."""
+    settings = {"mixed_precision": True, "precision": "bf16"} if autocast else {}
+    trainer = build(ManualGan, optimizer="AdamW", lr=0.01, epochs=2, grad_clip=clip, **settings)
     trainer.fit()
     torch.manual_seed(0)
     model = ToyGan(trainer.config)
     disc, generator = model.get_optimizer()
     samples = make_samples(12)
+    context = functools.partial(torch.autocast, "cpu", torch.bfloat16, enabled=autocast)
     for epoch in range(2):
         for batch in epoch_batches(trainer.config, samples, epoch):
-            fake = model.generator(batch["x"])
+            with context():
+                fake = model.generator(batch["x"])
+                real = model.disc(batch["y"].unsqueeze(1))
+                loss = ((1 - real) ** 2).mean() + (model.disc(fake.detach()) ** 2).mean()
             disc.zero_grad()
-            loss = ((1 - model.disc(batch["y"].unsqueeze(1))) ** 2).mean() + (model.disc(fake.detach()) ** 2).mean()
             loss.backward()
             if clip:
                 nn.utils.clip_grad_norm_(model.disc.parameters(), clip)
             disc.step()
+            with context():
+                loss = ((1 - model.disc(fake)) ** 2).mean()
             generator.zero_grad()
-            ((1 - model.disc(fake)) ** 2).mean().backward()
+            loss.backward()
             if clip:
                 nn.utils.clip_grad_norm_(model.generator.parameters(), clip)
             generator.step()
@@ -212,30 +220,45 @@ def test_nan_is_caught_before_the_step():
     assert (skipping.guard.skipped, skipping.total_steps_done) == (1, 3)
 
 
-def test_several_steps_with_one_batch():
+class Critic(ManualGan):
     """n_critic: the discriminator learns twice from each batch."""
 
-    class Critic(ManualGan):
-        def optimize(self, batch, trainer):
-            for _ in range(2):
-                loss = (self.disc(batch["y"].unsqueeze(1)) ** 2).mean()
-                trainer.optimizer[0].zero_grad()
-                self.scaled_backward(loss, trainer)
-                trainer.optimizer[0].step()
-            return {}, {"loss": loss}
+    def optimize(self, batch, trainer):
+        for _ in range(2):
+            loss = (self.disc(batch["y"].unsqueeze(1)) ** 2).mean()
+            trainer.optimizer[0].zero_grad()
+            self.scaled_backward(loss, trainer)
+            trainer.optimizer[0].step()
+        return {}, {"loss": loss}
 
-    trainer = build(Critic, lr=0.01, max_steps=1, target_loss="loss_gen")
-    disc = copy.deepcopy(trainer.model.disc)
-    trainer.fit()
+
+def plain_critic(config: ToyConfig) -> nn.Module:
+    """The discriminator after the first batch."""
+    torch.manual_seed(0)
+    disc = ToyGan(config).disc
     optimizer = torch.optim.SGD(disc.parameters(), lr=0.01)
-    batch = epoch_batches(trainer.config, make_samples(12), 0)[0]
+    batch = epoch_batches(config, make_samples(12), 0)[0]
     for _ in range(2):
         optimizer.zero_grad()
         (disc(batch["y"].unsqueeze(1)) ** 2).mean().backward()
         optimizer.step()
-    assert torch.equal(disc.weight, trainer.model.disc.weight)
+    return disc
+
+
+def test_several_steps_with_one_batch():
+    trainer = build(Critic, lr=0.01, max_steps=1, target_loss="loss_gen")
+    trainer.fit()
+    assert torch.equal(plain_critic(trainer.config).weight, trainer.model.disc.weight)
     with pytest.raises(ValueError, match=r"steps optimizer 0 twice with one batch.*set grad_accum_steps=1"):
         build(Critic, args=TrainerArgs(grad_accum_steps=2)).fit()
+
+
+def test_each_of_several_steps_is_unscaled():
+    """The scale of 16 would be seen; fp16 resolves 2**-11 of a weight's change of about 0.1."""
+    trainer = build(Critic, lr=0.01, max_steps=1, target_loss="loss_gen", mixed_precision=True, precision="fp16")
+    trainer.precision.scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+    trainer.fit()
+    torch.testing.assert_close(trainer.model.disc.weight, plain_critic(trainer.config).weight, rtol=0, atol=1e-3)
 
 
 class TestBadInput:
