@@ -55,13 +55,14 @@ class Averages:
 
     Args:
         unit: what is counted, for messages.
-        must_be_finite: False leaves values out that are not finite.
+        not_finite: what happens to values that are not finite: "raise", "leave out", or "keep", for a mean that is not
+            finite either.
         gather: makes a list of what all ranks hand to it; then the means are those of all ranks.
     """
 
-    def __init__(self, unit: str = "step", must_be_finite: bool = True, gather: Gather | None = None) -> None:
+    def __init__(self, unit: str = "step", not_finite: str = "raise", gather: Gather | None = None) -> None:
         self._unit = unit
-        self._must_be_finite = must_be_finite
+        self._not_finite = not_finite
         self._gather = gather
         self._pending: list[tuple[int, tuple[str, ...], torch.Tensor, float, bool]] = []
         self._sums: dict[str, float] = {}
@@ -84,8 +85,7 @@ class Averages:
                 raise ValueError(f"loss {name!r} has shape {list(value.shape)}: return a scalar, such as its mean()")
         # stacking copies: a captured graph may overwrite its outputs in the next step
         vector = torch.stack([value.detach().reshape(()) for value in losses.values()])
-        strict = must_be_finite and self._must_be_finite
-        self._pending.append((step, tuple(losses), vector, float(samples), strict))
+        self._pending.append((step, tuple(losses), vector, float(samples), must_be_finite))
 
     def read(self) -> None:
         """Bring what was recorded to the host, in one transfer; all ranks together.
@@ -102,18 +102,23 @@ class Averages:
         if self._gather is not None:
             entries = [entry for of_rank in self._gather(entries) for entry in of_rank]
         for step, name, value, _, strict in entries:
-            if strict and not math.isfinite(value):
+            if strict and self._not_finite == "raise" and not math.isfinite(value):
                 raise FloatingPointError(f"{self._unit} {step}: {name} is {value}")
         newest = max((step for step, *_ in entries), default=self._last_step)
         if newest != self._last_step:
             self._last_step, self._last = newest, {}
-        for step, name, value, samples, _ in entries:
-            if math.isfinite(value) and samples:
+        for step, name, value, samples, strict in entries:
+            counts = math.isfinite(value) or (strict and self._not_finite == "keep")
+            if counts and samples:
                 self._sums[name] = self._sums.get(name, 0.0) + value * samples
                 self._weights[name] = self._weights.get(name, 0.0) + samples
                 if step == newest:
                     total, weight = self._last.get(name, (0.0, 0.0))
                     self._last[name] = (total + value * samples, weight + samples)
+
+    def drop_unread(self) -> None:
+        """Forget what was recorded and not read, such as the losses of an update that failed."""
+        self._pending.clear()
 
     @property
     def avg_values(self) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """What a Trainer trains on: its loaders, the rest of an epoch, and a batch on its way to the model."""
 
-import contextlib
+import copy
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -16,14 +16,24 @@ from trainer.seeding import forked_rng
 class Batches:
     """Loaders and batches; a base class of Trainer."""
 
+    def build_loaders(self) -> None:
+        """Build the loaders that a training needs, so that what is missing is said before it begins."""
+        if not self.args.skip_train_epoch:
+            self.get_loader(is_eval=False)
+        if self.config.run_eval and not self.args.overfit_batch:
+            if self.eval_samples is None and self.eval_loader is None and self.train_samples is not None:
+                raise ValueError("eval_samples=None with train_samples: give both, or set run_eval=False")
+            self.get_loader(is_eval=True)
+
     def get_loader(self, is_eval: bool) -> DataLoader:
         """The training or evaluation loader: the one handed over, else the model's, built once."""
         name, samples = ("eval_loader", self.eval_samples) if is_eval else ("train_loader", self.train_samples)
         loader = getattr(self, name)
         if loader is None:
+            if isinstance(samples, list | tuple) and not samples:
+                raise ValueError(f"{'eval' if is_eval else 'train'}_samples is empty: check the data set")
             # all ranks must get the same order of samples, if the model shuffles them
-            several = self.ranks.world_size > 1
-            with forked_rng(self.config.training_seed) if several else contextlib.nullcontext():
+            with forked_rng(self.config.training_seed):
                 loader = self.model.get_data_loader(config=self.config, is_eval=is_eval, samples=samples, verbose=True)
         loader = shard(loader, self.ranks.rank, self.ranks.world_size, self.config.training_seed)
         setattr(self, name, loader)
@@ -44,7 +54,7 @@ class Batches:
         """The rest of this epoch's batches, in lists of grad_accum_steps."""
         if self.args.overfit_batch:
             first = next(self.rest_of_epoch(loader, 0, 0))
-            batches = itertools.repeat(first, self.epoch_length(loader) - self.batches_done)
+            batches = (copy.deepcopy(first) for _ in range(self.epoch_length(loader) - self.batches_done))
         else:
             batches = self.rest_of_epoch(loader, self.epochs_done, self.batches_done)
         while window := list(itertools.islice(batches, self.args.grad_accum_steps)):

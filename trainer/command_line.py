@@ -11,7 +11,7 @@ import json
 import logging
 import sys
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from trainer.checked_config import (
     type_name,
     value_of,
 )
-from trainer.config import TrainerArgs
+from trainer.config import TrainerArgs, TrainerConfig
 
 PREFIX = "coqpit."
 logger = logging.getLogger("trainer")
@@ -52,8 +52,9 @@ def parse_command_line(
         parser: holds the script's own flags; it is not changed, so it can be used again with another config.
         argv: the arguments, ``sys.argv[1:]`` by default.
         args: defaults of the Trainer's arguments; set in place.
-        leave_others: flags that are neither the config's nor like one of the Trainer's are the script's own: a warning
-            names them. Otherwise they are errors.
+        leave_others: the Trainer calls, for a script that does not parse. Flags that are neither the config's nor like
+            one of the Trainer's are the script's own: a warning names them, and another one the fields of the model's
+            own config, since the model is built already. Otherwise unknown flags are errors.
 
     Returns:
         The Trainer's arguments, and the namespace with the script's own flags.
@@ -78,6 +79,8 @@ def parse_command_line(
     problems += _apply(config, PREFIX, {**overrides, **dotted})
     problems += _check(args, "") + _check(config, PREFIX)
     _exit_with(parser, problems)
+    if leave_others:
+        _warn_of_late({**overrides, **dotted}, config)
     return args, flags
 
 
@@ -289,8 +292,21 @@ def _unknown(rest: list[str], parser: argparse.ArgumentParser, leave_others: boo
         if not equals and name.startswith("--") and words and not words[0].startswith("--"):
             words.pop(0)  # the unknown flag's value
     if others:
-        logger.warning("not the Trainer's arguments, left to the script: %s", ", ".join(others))
+        fields = [f"--{PREFIX}{n.lstrip('-')}" for n in others if f"--{PREFIX}{n.lstrip('-')}" in known]
+        meant = f" (the config's fields are {', '.join(fields)})" if fields else ""
+        logger.warning("not the Trainer's arguments, left to the script: %s%s", ", ".join(others), meant)
     return problems
+
+
+def _warn_of_late(paths: Iterable[str], config: CheckedConfig) -> None:
+    """Say that the model, which is there already, may not have seen these fields."""
+    names = {path.removeprefix(PREFIX).partition(".")[0] for path in paths} - set(TrainerConfig.__dataclass_fields__)
+    if names:
+        logger.warning(
+            "%s: set after the model was built, which may not see it; call parse_command_line(config) before, and give "
+            "the Trainer parse_command_line_args=False",
+            ", ".join(f"{name}={getattr(config, name)!r}" for name in sorted(names)),
+        )
 
 
 def _apply(config: Any, prefix: str, overrides: Mapping[str, str | list[str]]) -> list[str]:

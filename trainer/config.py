@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from trainer.checked_config import CheckedConfig, ConfigError, field
@@ -39,6 +40,11 @@ class TrainerArgs(CheckedConfig):
     def check(self, complete: bool = True) -> None:
         """As for every config; also that best_path has a run to be the best of."""
         super().check(complete)
+        for name in ("restore_path", "best_path") if complete else ():
+            path = getattr(self, name)
+            if path and "://" not in path and not Path(path).is_file():
+                problem = f"{name}={path!r}: no such file; give a checkpoint, such as output/run-.../best_model.pth"
+                raise ConfigError([problem], type(self).__name__)
         if self.best_path and not self.continue_path:
             problem = f"best_path={self.best_path!r}: goes with continue_path, which is not given; give a run's folder"
             raise ConfigError([problem], type(self).__name__)

@@ -124,7 +124,7 @@ class ManualOptimization:
             )
         self._add_held(idx)
         if not self._last:
-            self._held[idx] = [parameter.grad for parameter in parameters_of(optimizer)]
+            self._held[idx] = [p.grad for p in parameters_of(optimizer)], self._trainer.guard.sum_of_losses()
             for parameter in parameters_of(optimizer):
                 parameter.grad = None
             return
@@ -142,7 +142,10 @@ class ManualOptimization:
     def _add_held(self, idx: int) -> None:
         """Add the gradients of the window's earlier batches."""
         parameters = parameters_of(self._trainer.optimizer[idx])
-        for parameter, held in zip(parameters, self._held.pop(idx, [])):
+        gradients, losses = self._held.pop(idx, ([], None))
+        if losses is not None:
+            self._trainer.guard.saw(losses)
+        for parameter, held in zip(parameters, gradients):
             if parameter.grad is None or held is None:
                 parameter.grad = held if parameter.grad is None else parameter.grad
             else:

@@ -49,7 +49,7 @@ def call_step(
     """
     arguments = () if optimizer_idx is None else (optimizer_idx,)
     try:
-        outputs, losses = getattr(model, method)(batch, criterion, *arguments)
+        result = getattr(model, method)(batch, criterion, *arguments)
     except TypeError as error:
         if isinstance(batch, list | tuple) and "indices must be integers" in str(error):
             name = f"{type(model).__name__}.{method}"
@@ -58,8 +58,12 @@ def call_step(
                 "the data set, from the loader's collate_fn, or from format_batch"
             ) from error
         raise
-    check_losses(model, method, losses, needs_loss)
-    return outputs, losses
+    if not isinstance(result, tuple | list) or len(result) != 2:
+        raise ValueError(
+            f"{type(model).__name__}.{method} returned a {type(result).__name__}: return (outputs, losses)"
+        )
+    check_losses(model, method, result[1], needs_loss)
+    return result[0], result[1]
 
 
 def check_losses(model: "TrainerModel", method: str, losses: Any, needs_loss: bool = True) -> None:
@@ -69,9 +73,13 @@ def check_losses(model: "TrainerModel", method: str, losses: Any, needs_loss: bo
         return
     tensors = [name for name, value in losses.items() if isinstance(value, torch.Tensor)] if is_dict else []
     if "loss" not in tensors and (needs_loss or not tensors):
-        found = ", ".join(map(str, losses)) if is_dict else type(losses).__name__
+        kinds = [f"{name}: {type(value).__name__}" for name, value in losses.items()] if is_dict else []
+        found = ", ".join(kinds) if is_dict else type(losses).__name__
         what = "a tensor 'loss'" if needs_loss else "a tensor"
         raise ValueError(f"{type(model).__name__}.{method} returned losses ({found}) without {what}")
+    if "loss" in tensors and losses["loss"].numel() != 1:
+        shape = list(losses["loss"].shape)
+        raise ValueError(f"loss 'loss' of {method} has shape {shape}: return a scalar, such as its mean()")
 
 
 @contextlib.contextmanager

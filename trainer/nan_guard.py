@@ -49,9 +49,10 @@ class NanGuard:
         self.reads_are_free = device.type == "cpu"
         self.folder: Path | None = None  # where bad batches are saved
         self.suffix = ""  # of their files' names: one for each rank
-        self.skipped = self._in_a_row = self._overflows_in_a_row = 0
+        self.skipped = 0
+        self._in_a_row, self._overflows_in_a_row = collections.Counter(), collections.Counter()
         self._step, self._batches, self._losses = 0, [], []
-        self._buffers: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._buffers: dict[str, torch.Tensor] = {}
         self._bad: torch.Tensor | None = None  # 1.0 from the first bad update on
         self._pending: collections.deque[_Pending] = collections.deque()
 
@@ -62,7 +63,7 @@ class NanGuard:
         self._losses.clear()
         if self._skips:
             # a forward pass on a bad batch writes into BatchNorm's running statistics, whether it is used or not
-            self._buffers = [(buffer, buffer.clone()) for buffer in self._model.buffers()]
+            self._buffers = {name: buffer.clone() for name, buffer in self._model.named_buffers()}
 
     def saw(self, loss: torch.Tensor) -> None:
         """A loss that is minimised in this update."""
@@ -82,24 +83,25 @@ class NanGuard:
         if self._is_deferred(optimizer):
             self._defer(optimizer, losses, norm)
             return True
-        loss, norm = self._read([losses, norm])
+        key, (loss, norm) = id(optimizer), self._read([losses, norm])
         if math.isfinite(loss) and math.isfinite(norm):
-            self._in_a_row = self._overflows_in_a_row = 0
+            self._in_a_row[key] = self._overflows_in_a_row[key] = 0
             return True
-        if math.isfinite(loss) and self._precision.scaling and self._overflows_in_a_row < MAX_OVERFLOWS:
-            self._overflows_in_a_row += 1
+        if math.isfinite(loss) and self._precision.scaling and self._overflows_in_a_row[key] < MAX_OVERFLOWS:
+            self._overflows_in_a_row[key] += 1
             self._precision.overflows += 1  # not the loss, but its scale was too large: it will be halved
             return False
-        self._in_a_row += 1
+        self._in_a_row[key] += 1
         parameter = self._first_bad_parameter()
         what = f"gradient norm is {norm}" if math.isfinite(loss) else f"loss is {loss}"
-        if not self._skips or self._in_a_row >= self._limit:
-            row = f" (bad update number {self._in_a_row} in a row)" if self._in_a_row > 1 else ""
+        if not self._skips or self._in_a_row[key] >= self._limit:
+            row = f" (bad update number {self._in_a_row[key]} in a row)" if self._in_a_row[key] > 1 else ""
             self._stop(self._step, what + row, parameter, self._batches)
         logger.warning("step %d: %s%s; this update is skipped", self._step, what, _first(parameter))
         self.skipped += 1
-        for buffer, before in self._buffers:
-            buffer.copy_(before)
+        with torch.no_grad():
+            for name, buffer in self._model.named_buffers():
+                buffer.copy_(self._buffers[name])
         return False
 
     def finish(self) -> None:
@@ -116,11 +118,11 @@ class NanGuard:
 
     def state_dict(self) -> dict[str, int]:
         """The counts."""
-        return {"skipped": self.skipped, "in_a_row": self._in_a_row, "overflows": self._precision.overflows}
+        return {"skipped": self.skipped, "overflows": self._precision.overflows}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on counting."""
-        self.skipped, self._in_a_row = state["skipped"], state["in_a_row"]
+        self.skipped = state["skipped"]
         self._precision.overflows = state["overflows"]
 
     def _read(self, tensors: list[torch.Tensor]) -> list[float]:
@@ -175,7 +177,7 @@ class NanGuard:
         gradients = [(name, parameter.grad) for name, parameter in parameters if parameter.grad is not None]
         for kind, found in (("weight", parameters), ("gradient of", gradients)):
             for name, tensor in found:
-                if not torch.isfinite(tensor).all():
+                if not torch.isfinite(tensor.coalesce().values() if tensor.is_sparse else tensor).all():
                     return f"{kind} {name}"
         return None
 

@@ -52,9 +52,17 @@ class Precision:
             options["inputs"] = [parameter for parameter in parameters if parameter.requires_grad]
         self.scaler.scale(loss).backward(**options)
 
+    def begin(self) -> None:
+        """Forget an update that failed between unscale and update."""
+        self._unscaled.clear()
+        if self.scaling:
+            self.scaler._per_optimizer_states.clear()
+
     def unscale(self, optimizer: Optimizer) -> None:
         """Divide the gradients by the loss scale; a second call in one update does nothing."""
-        if self.scaling and id(optimizer) not in self._unscaled:
+        # with no gradient at all there is nothing to unscale, and the scaler would have nothing to judge by
+        has_any = any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+        if self.scaling and has_any and id(optimizer) not in self._unscaled:
             self._unscaled.add(id(optimizer))
             # the class's: on the object it may be the one that ManualOptimization has put there
             torch.amp.GradScaler.unscale_(self.scaler, optimizer)

@@ -260,7 +260,10 @@ def continue_run(
     foreign = is_coquis(state)
     if foreign:
         state = from_coqui(state, list(optimizers), list(schedulers))
-    state = {**state, "model": under_own_names(state["model"], trainer.model.state_dict())}
+    own = trainer.model.state_dict()
+    state = {**state, "model": under_own_names(state["model"], own)}
+    if state.get("ema"):
+        state["ema"] = {**state["ema"], "weights": under_own_names(state["ema"]["weights"], own)}
     _compare(trainer, state, source, optimizers, schedulers)
 
     trainer.model.load_state_dict(state["model"])
@@ -277,6 +280,10 @@ def continue_run(
         # a run that was not evaluated before has no best loss of that kind yet
         unknown = {"eval_loss": math.inf} if trainer.config.run_eval and best_loss["eval_loss"] is None else {}
         trainer.best_loss = {**best_loss, **unknown}
+    for name in ("lr", "optimizer_params", "lr_scheduler_params"):
+        before, now = state.get("config", {}).get(name), getattr(trainer.config, name)
+        if before is not None and before != now:
+            trainer.c_logger.warn(f"{name}={now!r}: a run that is continued keeps what it had ({before!r})")
     epoch = state["epoch"] + 1
     trainer.c_logger.print(f"continuing from {source}: step {state['step']}, epoch {epoch}")
     if foreign:
@@ -332,7 +339,8 @@ def _compare(
     """Raise a ValueError with all that keeps a checkpoint from being continued."""
     if differences := _differences(state["model"], trainer.model.state_dict()):
         name = type(trainer.model).__name__
-        raise ValueError("\n  - ".join([f"{source}: is of another model than {name}", *differences]))
+        remedy = "start a new run from its weights with --restore_path"
+        raise ValueError("\n  - ".join([f"{source}: is of another model than {name}; {remedy}", *differences]))
     problems = _optimizer_problems(state["optimizer"], optimizers)
     problems += _scheduler_problems(state["scheduler"], schedulers)
     if trainer.precision.scaler.is_enabled() and not state["scaler"]:

@@ -1,6 +1,8 @@
 """What a Trainer is besides its loop: the run's folder, its logs and its checkpoints."""
 
-from collections.abc import Mapping
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +12,7 @@ from trainer import checkpoint as checkpoints
 from trainer.averages import target_loss
 from trainer.loggers.base import DashboardLogger
 from trainer.loggers.tensorboard import new_dashboard
-from trainer.model import overrides
+from trainer.model import Batch, overrides
 from trainer.optimizers import describe, step_schedulers
 from trainer.provenance import new_run_folder
 from trainer.seeding import forked_rng, seed_unless_done
@@ -27,7 +29,7 @@ class Run:
         self.c_logger = c_logger
         self._given_dashboard, self._dashboard = dashboard, dashboard
         self._folder: Path | None = None
-        self._is_open = False
+        self._is_open = self._is_evaluating = False
         self._told: set[str] = set()
 
     @property
@@ -62,7 +64,11 @@ class Run:
         elif self._given_dashboard is None:
             self._dashboard = new_dashboard(self.config, self._folder)
         if first:
-            self._begin()
+            try:
+                self._begin()
+            except BaseException:
+                self._is_open, self._folder = False, None
+                raise
 
     def _new_folder(self) -> Path:
         if self.args.continue_path:
@@ -105,12 +111,21 @@ class Run:
         """Say how to go on; flush and close the logs."""
         if self._is_open:
             self._is_open = False
+            if self._folder is None:  # it could not even be made
+                return
             self.c_logger.print_end(self._folder, can_continue=checkpoints.exist_in(self._folder))
-            self.dashboard_logger.finish()
+            if self._dashboard is not None:
+                self._dashboard.finish()
             self.c_logger.close()
 
     def save_checkpoint(self) -> None:
-        """Save checkpoint_<step>.pth and delete the oldest beyond save_n_checkpoints."""
+        """Save checkpoint_<step>.pth and delete the oldest beyond save_n_checkpoints.
+
+        Raises:
+            RuntimeError: an evaluation is under way, which holds averaged weights and other random states.
+        """
+        if self._is_evaluating:
+            raise RuntimeError("save_checkpoint() inside an evaluation: call it in on_epoch_end or on_train_step_end")
         self.c_logger.print(f"saved {checkpoints.save_step(self)}")
 
     def log_checkpoint(self) -> None:
@@ -159,7 +174,59 @@ class Run:
         if config.save_checkpoints:
             self.save_best_model()
 
-    # ---- what is shown ----
+    # ---- what is due, and what is shown ----
+
+    def after_update(self, updates: int, shown: tuple[Batch, dict[str, Any]] | None) -> None:
+        """What is due after an update: print, plot, save, evaluate. Only here does the host wait for the device."""
+        config, step, average = self.config, self.total_steps_done, self.keep_avg_train
+        self.c_logger.advance()
+        printing = step % config.print_step == 0 or step == 1
+        if printing or shown is not None:
+            average.read()
+            times, left = self._clock.read(), self._clock.time_left(self._updates_left(updates))
+            rates = {name: float(rate) for name, rate in self._rates.items()}
+            values = {**average.last, **rates, **self.precision.stats(), **self.guard.stats()}
+        if printing:
+            self.c_logger.print_train_step(step, values, average.means, times, left)
+        if shown is not None:
+            self.dashboard_logger.train_step_stats(step, {**values, **times})
+            self.show("train_log", *shown)
+            self._clock.restart()
+        if config.save_checkpoints and step % config.save_step == 0:
+            self.save_checkpoint()
+            self._clock.restart()
+        if config.save_checkpoints and step % (config.log_model_step or config.save_step) == 0:
+            self.log_checkpoint()
+        self.evaluate_if_step_is_due()
+
+    def evaluate_if_step_is_due(self) -> None:
+        every = self.config.run_eval and self.config.run_eval_steps
+        if every and self.total_steps_done % every == 0:
+            self._evaluate_and_keep_best()
+
+    def _updates_left(self, updates: int) -> int:
+        done = math.ceil(self.batches_done / self.args.grad_accum_steps)
+        left = (self.config.epochs - self.epochs_done) * updates - done
+        return left if self.config.max_steps is None else min(left, self.config.max_steps - self.total_steps_done)
+
+    @contextlib.contextmanager
+    def _evaluating(self, without_gradients: Callable = torch.inference_mode) -> Iterator[None]:
+        """Eval mode, averaged weights, freshly seeded generators; all is put back as it was.
+
+        Evaluations then draw the same numbers every time, and the training does not depend on them.
+        """
+        modes = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
+        averaged = contextlib.nullcontext() if self.ema is None else self.ema.swapped()
+        self._is_evaluating = True
+        try:
+            with averaged, without_gradients(), forked_rng(self._seed):
+                yield
+        finally:
+            for module, training in modes:
+                module.training = training
+            self._is_evaluating = False
+            self._clock.restart()
 
     def test(self) -> None:
         """Call the model's test_run and test_log, if it has them."""

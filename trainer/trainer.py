@@ -4,13 +4,13 @@ import functools
 import itertools
 import math
 import os
+import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.utils.data import DataLoader
 
 from trainer import optimizers
@@ -31,7 +31,7 @@ from trainer.model import Batch, TrainerModel, call_step, eval_passes, overrides
 from trainer.nan_guard import NanGuard
 from trainer.precision import Precision
 from trainer.run import Run
-from trainer.seeding import forked_rng, set_backend_flags
+from trainer.seeding import set_backend_flags
 from trainer.signals import StopSignals
 
 
@@ -69,6 +69,12 @@ class Trainer(Run, Batches, CoquiNames):
         callbacks: Mapping[str, Callable | list[Callable]] | None = None,
         gpu: int | None = None,
     ) -> None:
+        c_logger = c_logger or ConsoleLogger()
+        for name, value, base in (("args", args, TrainerArgs), ("config", config, TrainerConfig)):
+            if not isinstance(value, base):
+                raise TypeError(
+                    f"{name} is a {type(value).__name__}: give a {base.__name__}, or a class derived from it"
+                )
         if parse_command_line_args:
             parse_command_line(config, args=args, leave_others=True)
         args.check()
@@ -77,7 +83,7 @@ class Trainer(Run, Batches, CoquiNames):
             raise TypeError(f"model is a {type(model).__name__}: derive its class from TrainerModel")
         if args.small_run and (train_loader is not None or eval_loader is not None):
             raise ValueError(f"small_run={args.small_run} cuts the samples; it cannot cut loaders: hand samples over")
-        super().__init__(output_path or config.output_path, c_logger or ConsoleLogger(), dashboard_logger)
+        super().__init__(output_path or config.output_path, c_logger, dashboard_logger)
         self.args, self.config = args, config
         self.ranks = Ranks.from_environment(config, args)
         self._seed = rank_seed(config.training_seed, self.ranks.rank)
@@ -109,7 +115,8 @@ class Trainer(Run, Batches, CoquiNames):
         self.epochs_done, self.batches_done = 0, 0  # batches of the epoch under way; all, while it is evaluated
         self.best_loss = {"train_loss": math.inf, "eval_loss": math.inf if config.run_eval else None}
         gather = self.ranks.gather if self.ranks.world_size > 1 else None
-        self._averages = functools.partial(Averages, must_be_finite=config.nan_policy == "raise", gather=gather)
+        policy = "raise" if config.nan_policy == "raise" else "leave out"
+        self._averages = functools.partial(Averages, not_finite=policy, gather=gather)
         self.keep_avg_train, self.keep_avg_eval = self._averages(), self._averages()
         self.stepped_optimizers: set[int] = set()  # optimizers that made an update in this epoch
         self.own_schedulers: set[int] = set()  # those that the model's own optimize steps
@@ -125,21 +132,21 @@ class Trainer(Run, Batches, CoquiNames):
             SystemExit: Ctrl-C or SIGTERM came (exit code 130 or 143), and the run is saved.
             FloatingPointError: a loss or a gradient is not finite (see nan_policy).
         """
-        self.open_run()
         self._agreed = None
+        self.keep_avg_train.drop_unread()
         try:
+            self.open_run()
+            self.build_loaders()
             with self._signals:
                 if (self.args.skip_train_epoch or self.args.start_with_eval) and self.config.run_eval:
                     self.evaluate()
                 if self.args.skip_train_epoch:
-                    self.test()
-                    return
-                if self._finished():
+                    if self._signal is None:
+                        self.test()
+                elif self._finished() and self._signal is None:
                     self.c_logger.print("nothing left to train: raise epochs, or max_steps")
-                while not self._finished():
-                    self.fit_epoch()
-                if self.config.save_checkpoints and (self._signal is None or self.config.save_on_interrupt):
-                    self.save_checkpoint()
+                else:
+                    self._fit()
             if self._signal is not None:
                 self.callbacks("on_keyboard_interrupt", self)
                 raise SystemExit(128 + self._signal)
@@ -147,7 +154,16 @@ class Trainer(Run, Batches, CoquiNames):
             self.c_logger.keep_traceback(error)
             raise
         finally:
+            self._signals.received = self._agreed = None
             self.close_run()
+
+    def _fit(self) -> None:
+        while not self._finished():
+            self.fit_epoch()
+        if self._signal is not None:
+            self.c_logger.warn(f"stopped by {signal.Signals(self._signal).name}")
+        if self.config.save_checkpoints and (self._signal is None or self.config.save_on_interrupt):
+            self.save_checkpoint()
 
     @property
     def _signal(self) -> int | None:
@@ -168,8 +184,10 @@ class Trainer(Run, Batches, CoquiNames):
             return
         is_whole = self.batches_done == batches
         if self.config.run_eval and self._evaluation_is_due():
-            self._evaluate_and_keep_best(is_extra=not is_whole)
-        elif not self.config.run_eval:
+            is_extra = not (is_whole and self._epoch_is_due())
+            self._evaluate_and_keep_best(is_extra)
+        elif not self.config.run_eval and self.last_eval_step != self.total_steps_done:
+            self.last_eval_step = self.total_steps_done
             self.keep_best("train_loss", self.keep_avg_train.means, is_extra=not is_whole)
         if self.epochs_done >= self.config.test_delay_epochs and self._evaluation_is_due():
             self.test()
@@ -182,8 +200,11 @@ class Trainer(Run, Batches, CoquiNames):
             self.stepped_optimizers.clear()
 
     def _evaluation_is_due(self) -> bool:
+        return self._epoch_is_due() or self._finished()
+
+    def _epoch_is_due(self) -> bool:
         epoch = self.epochs_done + 1
-        return epoch % self.config.run_eval_epochs == 0 or epoch == self.config.epochs or self._finished()
+        return epoch % self.config.run_eval_epochs == 0 or epoch == self.config.epochs
 
     def train_epoch(self) -> int:
         """Train on the batches of this epoch that are not done yet; returns how many batches the epoch has."""
@@ -195,14 +216,21 @@ class Trainer(Run, Batches, CoquiNames):
         self.c_logger.start_epoch(self.epochs_done, self.config.epochs, updates, done)
         self.model.train()
         self.callbacks("on_train_epoch_start", self)
+        if self.batches_done:
+            self.evaluate_if_step_is_due()  # saved, or stopped, before this was done
+        self.precision.begin()
+        if self.manual is None:  # what an update that failed has left, or what belonged to no optimizer
+            self.model.zero_grad(set_to_none=True)
         self._clock.restart()
         for batches in self._clock.wait_for(self.windows(loader)):
             plotting = (self.total_steps_done + 1) % self.config.plot_step == 0
             batch, outputs = self.train_step(batches)
-            self._after_update(updates, (batch, outputs) if plotting and outputs is not None else None)
+            self.after_update(updates, (batch, outputs) if plotting and outputs is not None else None)
             del batch, outputs  # not alive, with all that they hold, during the next forward pass
             if self._finished():
                 break
+        else:
+            n = self.batches_done  # what the loader gave: its len() may be an estimate
         self.guard.finish()
         self.keep_avg_train.read()
         if not self.keep_avg_train.means:
@@ -260,7 +288,8 @@ class Trainer(Run, Batches, CoquiNames):
                     with optimizers.gradients_apart(optimizer) if several else nullcontext():
                         self.callbacks("before_backward_pass", losses, self.optimizer)
                 self.guard.saw(losses["loss"])
-                self.precision.backward(losses["loss"], weight, parameters)
+                if parameters is None or any(p.requires_grad for p in parameters):
+                    self.precision.backward(losses["loss"], weight, parameters)
                 self.keep_avg_train.add(
                     self.total_steps_done + 1, named(losses, self._index(idx), self._loss_owners), n
                 )
@@ -288,37 +317,15 @@ class Trainer(Run, Batches, CoquiNames):
         self.stepped_optimizers.add(idx)
         return True
 
-    def _after_update(self, updates: int, shown: tuple[Batch, dict[str, Any]] | None) -> None:
-        """What is due after an update: print, plot, save, evaluate. Only here does the host wait for the device."""
-        config, step, average = self.config, self.total_steps_done, self.keep_avg_train
-        self.c_logger.advance()
-        printing = step % config.print_step == 0 or step == 1
-        if printing or shown is not None:
-            average.read()
-            times, left = self._clock.read(), self._clock.time_left(self._updates_left(updates))
-            rates = {name: float(rate) for name, rate in self._rates.items()}
-            values = {**average.last, **rates, **self.precision.stats(), **self.guard.stats()}
-        if printing:
-            self.c_logger.print_train_step(step, values, average.means, times, left)
-        if shown is not None:
-            self.dashboard_logger.train_step_stats(step, {**values, **times})
-            self.show("train_log", *shown)
-            self._clock.restart()
-        if config.save_checkpoints and step % config.save_step == 0:
-            self.save_checkpoint()
-            self._clock.restart()
-        if config.save_checkpoints and step % (config.log_model_step or config.save_step) == 0:
-            self.log_checkpoint()
-        if config.run_eval and config.run_eval_steps and step % config.run_eval_steps == 0:
-            self._evaluate_and_keep_best()
-
     # ---- evaluate ----
 
     def evaluate(self) -> dict[str, float] | None:
         """Mean losses over the evaluation samples, each sample counted once; None when Ctrl-C came in between."""
         self.open_run()
         start, shown = time.perf_counter(), None
-        self.keep_avg_eval = self._averages("evaluation batch")
+        # of an evaluation with a NaN, the mean is NaN: the model is not to be taken for the best
+        keep = {} if self.config.nan_policy == "raise" else {"not_finite": "keep"}
+        self.keep_avg_eval = self._averages("evaluation batch", **keep)
         with self._evaluating():
             self.callbacks("on_eval_epoch_start", self)
             # with overfit_batch: the one batch of the training
@@ -361,23 +368,6 @@ class Trainer(Run, Batches, CoquiNames):
         self.callbacks("on_eval_step_end", self)
         return batch, outputs
 
-    @contextmanager
-    def _evaluating(self, without_gradients: Callable = torch.inference_mode) -> Iterator[None]:
-        """Eval mode, averaged weights, freshly seeded generators; all is put back as it was.
-
-        Evaluations then draw the same numbers every time, and the training does not depend on them.
-        """
-        modes = [(module, module.training) for module in self.model.modules()]
-        self.model.eval()
-        averaged = nullcontext() if self.ema is None else self.ema.swapped()
-        try:
-            with averaged, without_gradients(), forked_rng(self._seed):
-                yield
-        finally:
-            for module, training in modes:
-                module.training = training
-            self._clock.restart()
-
     def _evaluate_and_keep_best(self, is_extra: bool = False) -> None:
         if self.last_eval_step != self.total_steps_done and (means := self.evaluate()) is not None:
             self.last_eval_step = self.total_steps_done
@@ -391,8 +381,3 @@ class Trainer(Run, Batches, CoquiNames):
 
     def _suffix(self, idx: int) -> str:
         return f"_{idx}" if len(self.optimizer) > 1 else ""
-
-    def _updates_left(self, updates: int) -> int:
-        done = math.ceil(self.batches_done / self.args.grad_accum_steps)
-        left = (self.config.epochs - self.epochs_done) * updates - done
-        return left if self.config.max_steps is None else min(left, self.config.max_steps - self.total_steps_done)

@@ -227,7 +227,7 @@ def test_every_rank_hears_of_a_value_that_is_not_finite():
 
 
 def test_values_that_need_not_be_finite_are_left_out():
-    averages = Averages("evaluation batch", must_be_finite=False)
+    averages = Averages("evaluation batch", "leave out")
     averages.add(1, tensors(loss=math.nan, mel=2.0), 1)
     averages.add(2, tensors(loss=3.0, mel=4.0), 1)
     averages.read()

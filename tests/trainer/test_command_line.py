@@ -153,12 +153,13 @@ class TestSetting:
         config, _, _ = parse("--coqpit.params.b=2", '--coqpit.params={"a": 1}')
         assert config.params == {"a": 1.0, "b": 2.0}
 
-    def test_trainer_arguments(self):
-        given = TrainerArgs(grad_accum_steps=4)
-        argv = ["--restore_path", "x.pth", "--small_run=8", "--overfit_batch", "--start_with_eval", "false"]
+    def test_trainer_arguments(self, tmp_path):
+        given, file = TrainerArgs(grad_accum_steps=4), tmp_path / "x.pth"
+        file.touch()
+        argv = ["--restore_path", str(file), "--small_run=8", "--overfit_batch", "--start_with_eval", "false"]
         args, _ = parse_command_line(ScriptConfig(), argv=argv, args=given)
         assert args is given
-        assert args == TrainerArgs(restore_path="x.pth", small_run=8, overfit_batch=True, grad_accum_steps=4)
+        assert args == TrainerArgs(restore_path=str(file), small_run=8, overfit_batch=True, grad_accum_steps=4)
 
     def test_argv_is_the_default(self, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["train.py", "--coqpit.epochs=3"])

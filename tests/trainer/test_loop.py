@@ -813,7 +813,7 @@ class TestBadInput:
             build(Forgetful).fit()
 
     def test_no_samples(self):
-        with pytest.raises(ValueError, match="data set is empty"):
+        with pytest.raises(ValueError, match="train_samples is empty: check the data set"):
             build(train=0).fit()
 
     def test_loader_without_batches(self):

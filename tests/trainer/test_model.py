@@ -83,9 +83,9 @@ class TestLosses:
     @pytest.mark.parametrize(
         ("losses", "found"),
         [
-            ({"los": torch.ones(())}, "los"),
-            ({"loss": 1.0}, "loss"),
-            ({"loss_gen": 1.0}, "loss_gen"),
+            ({"los": torch.ones(())}, "los: Tensor"),
+            ({"loss": 1.0}, "loss: float"),
+            ({"loss_gen": 1.0}, "loss_gen: float"),
             (torch.ones(()), "Tensor"),
             ([1], "list"),
         ],
