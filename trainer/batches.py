@@ -21,25 +21,33 @@ class Batches:
         if not self.args.skip_train_epoch:
             self.get_loader(is_eval=False)
         if self.config.run_eval and not self.args.overfit_batch:
-            if self.eval_samples is None and self.eval_loader is None and self.train_samples is not None:
-                raise ValueError("eval_samples=None with train_samples: give both, or set run_eval=False")
             self.get_loader(is_eval=True)
 
     def get_loader(self, is_eval: bool) -> DataLoader:
         """The training or evaluation loader: the one handed over, else the model's, built once."""
-        name, samples = ("eval_loader", self.eval_samples) if is_eval else ("train_loader", self.train_samples)
+        name = "eval_loader" if is_eval else "train_loader"
         loader = getattr(self, name)
         if loader is None:
-            if isinstance(samples, list | tuple) and not samples:
-                raise ValueError(f"{'eval' if is_eval else 'train'}_samples is empty: check the data set")
-            # all ranks must get the same order of samples, if the model shuffles them
-            with forked_rng(self.config.training_seed):
-                loader = self.model.get_data_loader(config=self.config, is_eval=is_eval, samples=samples, verbose=True)
+            loader = self._new_loader(is_eval)
         loader = shard(loader, self.ranks.rank, self.ranks.world_size, self.config.training_seed)
         setattr(self, name, loader)
         if len(loader) == 0:
             raise ValueError(f"the {name} has no batch: check its samples, and drop_last with its batch size")
         return loader
+
+    def _new_loader(self, is_eval: bool) -> DataLoader:
+        name, samples = ("eval_samples", self.eval_samples) if is_eval else ("train_samples", self.train_samples)
+        if isinstance(samples, list | tuple) and not samples:
+            raise ValueError(f"{name} is empty: check the data set")
+        try:
+            # the same order of samples on all ranks and after a resume, if the model shuffles them
+            with forked_rng(self.config.training_seed):
+                return self.model.get_data_loader(config=self.config, is_eval=is_eval, samples=samples, verbose=True)
+        except TypeError as error:
+            if samples is not None:
+                raise
+            remedy = "give some, or set run_eval=False" if is_eval else "give some, or a train_loader"
+            raise ValueError(f"{name}=None, and get_data_loader needs them ({error}): {remedy}") from error
 
     def epoch_length(self, loader: DataLoader) -> int:
         """Batches of an epoch, on the rank that has most of them."""

@@ -313,11 +313,20 @@ class TestWhatIsSaid:
             build(args=TrainerArgs(**{"continue_path": "run", name: "nowhere.pth"}))
 
     def test_samples_that_are_missing_are_missed_before_the_first_epoch(self):
-        for samples, message in ((None, "eval_samples=None with train_samples"), ([], "eval_samples is empty")):
+        for samples, message in ((None, "eval_samples=None, and get_data_loader needs"), ([], "eval_samples is empty")):
             trainer = build(eval_samples=samples)
             with pytest.raises(ValueError, match=message):
                 trainer.fit()
             assert trainer.total_steps_done == 0
+
+    def test_a_model_may_bring_its_own_evaluation_samples(self):
+        class Bringing(Toy):
+            def get_data_loader(self, config, is_eval, samples, verbose):
+                return super().get_data_loader(config, is_eval, samples or make_samples(4), verbose)
+
+        trainer = build(Bringing, eval_samples=None, epochs=1)
+        trainer.fit()
+        assert trainer.best_loss["eval_loss"] < 100
 
     @pytest.mark.parametrize(
         ("result", "message"),
