@@ -101,7 +101,8 @@ class NanGuard:
         self.skipped += 1
         with torch.no_grad():
             for name, buffer in self._model.named_buffers():
-                buffer.copy_(self._buffers[name])
+                if name in self._buffers:  # not made in this update
+                    buffer.copy_(self._buffers[name])
         return False
 
     def finish(self) -> None:

@@ -340,7 +340,10 @@ def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
 
 def gradient_norm(optimizer: Optimizer) -> torch.Tensor:
     """The true (unscaled) 2-norm of all gradients of an optimizer."""
-    parameters = [p for p in parameters_of(optimizer) if p.grad is not None]
+    everything = parameters_of(optimizer)
+    parameters = [p for p in everything if p.grad is not None]
+    if not parameters:  # torch would put the zero on the CPU
+        return torch.zeros((), device=everything[0].device if everything else None)
     for parameter in parameters:
         if parameter.grad.is_sparse:  # of an embedding: add up the gradients of a row that was used several times
             parameter.grad = parameter.grad.coalesce()

@@ -406,6 +406,8 @@ class TestGradientNorm:
         optimizer = sgd(1.0)[0]
         assert gradient_norm(optimizer).item() == 0.0
         clip_gradients(optimizer, 1.0, gradient_norm(optimizer))
+        elsewhere = torch.optim.SGD([nn.Parameter(torch.zeros(2, device="meta"))], lr=0.1)
+        assert gradient_norm(elsewhere).device.type == "meta"
 
     def test_infinite(self):
         optimizer = self.make()
