@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -139,6 +140,14 @@ def draw(ranks: Ranks, rank: int) -> dict:
     return {"drawn": (random.random(), float(np.random.rand()), torch.rand(3))}
 
 
+def wait_for_the_other(rank: int, folder: Path, name: str) -> None:
+    """Until both ranks are here; not through the group, which the first one to leave would close for the other."""
+    (folder / f"{name}.{rank}").touch()
+    end = time.monotonic() + 30
+    while not (folder / f"{name}.{1 - rank}").exists() and time.monotonic() < end:
+        time.sleep(0.01)
+
+
 def use_the_scripts_group(rank: int, folder: Path) -> dict:
     """A group that the script opened counts, and stays."""
     dist.init_process_group("gloo", f"file://{folder}/script", rank=rank, world_size=2)
@@ -148,6 +157,7 @@ def use_the_scripts_group(rank: int, folder: Path) -> dict:
     found = ranks.gather(rank)
     ranks.close()
     still_there = dist.is_initialized()
+    wait_for_the_other(rank, folder, "gathered")
     dist.destroy_process_group()
     return {"args": (args.use_ddp, args.rank), "gathered": found, "still there": still_there}
 
@@ -164,6 +174,7 @@ def run_rank(rank: int, folder: Path) -> None:
         for part in (train_a_share, sum_special_gradients, ask_who_has_a_loss, exchange, spread_model, draw):
             results[part.__name__] = part(ranks, rank)
         ranks.barrier()
+        wait_for_the_other(rank, folder, "done")
         ranks.close()
         results["closed"] = not dist.is_initialized()
         torch.save(results, folder / f"{rank}.pth")

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
+from tests.trainer.test_distributed import wait_for_the_other
 from tests.trainer.toys import Toy, ToyGan, build, collate, make_samples
 from trainer import TrainerArgs
 
@@ -124,6 +125,7 @@ def run_rank(rank: int, folder: Path, work) -> None:
         os.environ.update({"RANK": str(rank), "WORLD_SIZE": "2"})
         dist.init_process_group("gloo", f"file://{folder}/group", rank=rank, world_size=2)
         torch.save(work(folder), folder / f"{rank}.pth")
+        wait_for_the_other(rank, folder, "done")
         dist.destroy_process_group()
     except BaseException:
         (folder / f"{rank}.txt").write_text(traceback.format_exc())
