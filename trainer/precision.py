@@ -60,9 +60,10 @@ class Precision:
 
     def unscale(self, optimizer: Optimizer) -> None:
         """Divide the gradients by the loss scale; a second call in one update does nothing."""
+        if not self.scaling or id(optimizer) in self._unscaled:
+            return
         # with no gradient at all there is nothing to unscale, and the scaler would have nothing to judge by
-        has_any = any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
-        if self.scaling and has_any and id(optimizer) not in self._unscaled:
+        if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
             self._unscaled.add(id(optimizer))
             # the class's: on the object it may be the one that ManualOptimization has put there
             torch.amp.GradScaler.unscale_(self.scaler, optimizer)

@@ -55,20 +55,26 @@ class Run:
         if self._is_open:
             return
         self._is_open, first = True, self._folder is None
-        if first:
-            self.ranks.open(self.device)
-            self._folder = self.ranks.broadcast(self._new_folder() if self.ranks.is_main else None)
+        try:
+            if first:
+                self.ranks.open(self.device)
+                self._folder = self.ranks.broadcast(self._new_folder() if self.ranks.is_main else None)
+            self._open_logs()
+            if first:
+                self._begin()
+        except BaseException as error:
+            self.c_logger.keep_traceback(error)
+            self.close_run()
+            if first:  # the next use begins anew
+                self._folder, self._dashboard = None, self._given_dashboard
+            raise
+
+    def _open_logs(self) -> None:
         self.c_logger.open(self._folder / f"trainer_{self.ranks.rank}_log.txt", on_console=self.ranks.is_main)
         if not self.ranks.is_main:
             self._dashboard = DashboardLogger()  # only the first rank writes
         elif self._given_dashboard is None:
             self._dashboard = new_dashboard(self.config, self._folder)
-        if first:
-            try:
-                self._begin()
-            except BaseException:
-                self._is_open, self._folder = False, None
-                raise
 
     def _new_folder(self) -> Path:
         if self.args.continue_path:
@@ -200,6 +206,7 @@ class Run:
         self.evaluate_if_step_is_due()
 
     def evaluate_if_step_is_due(self) -> None:
+        """What run_eval_steps asks for."""
         every = self.config.run_eval and self.config.run_eval_steps
         if every and self.total_steps_done % every == 0:
             self._evaluate_and_keep_best()

@@ -1,5 +1,6 @@
 """Features together, and trainings that were interrupted, failed or fed oddly; each case was once wrong."""
 
+import logging
 import math
 import os
 import signal
@@ -151,6 +152,8 @@ class TestFitAgain:
             with pytest.raises(ValueError, match="of another model"):
                 other.fit()
         log = (first.output_path / "trainer_0_log.txt").read_text()
+        assert log.count("error: the training ends here") == 2  # once for each, and no logger stays open
+        assert not [h for h in logging.getLogger("trainer").handlers if isinstance(h, logging.FileHandler)]
         assert "of another model than Toy; start a new run from its weights with --restore_path" in log
 
     def test_after_a_signal_it_can_be_evaluated(self):

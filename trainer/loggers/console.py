@@ -83,7 +83,7 @@ class ConsoleLogger:
         """One line."""
         logger.info(text)
 
-    def keep_traceback(self, error: Exception) -> None:
+    def keep_traceback(self, error: BaseException) -> None:
         """Write what ends the training into the log file; the console shows it by itself."""
         if self._file is not None:
             trace = (type(error), error, error.__traceback__)
