@@ -331,11 +331,12 @@ class Trainer(Run, Batches, CoquiNames):
             # with overfit_batch: the one batch of the training
             loader = self.get_loader(is_eval=not self.args.overfit_batch)
             batches = itertools.islice(self.rest_of_epoch(loader, 0, 0), 1 if self.args.overfit_batch else None)
+            passes = eval_passes(self.model, self.criterion)
             for i, batch in enumerate(batches, start=1):
                 _, self._agreed = self.ranks.agree(0, self._signals.received)
                 if self._signal is not None:
                     return None
-                batch, outputs = self.eval_step(batch, i)
+                batch, outputs = self.eval_step(batch, i, passes)
                 # the first batch holds the same samples every time: what is shown of it can be compared
                 if shown is None and outputs is not None:
                     shown = batch, outputs
@@ -348,11 +349,11 @@ class Trainer(Run, Batches, CoquiNames):
             self.callbacks("on_eval_epoch_end", self)
         return means
 
-    def eval_step(self, batch: Any, number: int) -> tuple[Batch, dict[str, Any] | None]:
-        """Losses of an evaluation batch, for every optimizer; returns the batch and the outputs, as train_step."""
+    def eval_step(self, batch: Any, number: int, passes: list) -> tuple[Batch, dict[str, Any] | None]:
+        """Losses of an evaluation batch, by all of eval_passes; returns the batch and the outputs, as train_step."""
         self.callbacks("on_eval_step_start", self)
         (batch, samples), outputs = self.prepare(batch), None
-        for idx, criterion in eval_passes(self.model, self.criterion):
+        for idx, criterion in passes:
             with self.precision.autocast():
                 found, losses = call_step(
                     self.model, "eval_step", batch, criterion, idx, needs_loss=self.manual is None

@@ -1,12 +1,9 @@
 """Several ranks: what two processes find together, over gloo, against one process that sees everything."""
 
 import json
-import multiprocessing
 import os
 import random
 import sys
-import time
-import traceback
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from tests.trainer.two_ranks import on_two_ranks, wait_for_the_other
 from trainer import TrainerArgs, TrainerConfig, distributed, seed_everything
 from trainer.distributed import Ranks, rank_seed
 
@@ -140,14 +138,6 @@ def draw(ranks: Ranks, rank: int) -> dict:
     return {"drawn": (random.random(), float(np.random.rand()), torch.rand(3))}
 
 
-def wait_for_the_other(rank: int, folder: Path, name: str) -> None:
-    """Until both ranks are here; not through the group, which the first one to leave would close for the other."""
-    (folder / f"{name}.{rank}").touch()
-    end = time.monotonic() + 30
-    while not (folder / f"{name}.{1 - rank}").exists() and time.monotonic() < end:
-        time.sleep(0.01)
-
-
 def use_the_scripts_group(rank: int, folder: Path) -> dict:
     """A group that the script opened counts, and stays."""
     dist.init_process_group("gloo", f"file://{folder}/script", rank=rank, world_size=2)
@@ -162,42 +152,25 @@ def use_the_scripts_group(rank: int, folder: Path) -> dict:
     return {"args": (args.use_ddp, args.rank), "gathered": found, "still there": still_there}
 
 
-def run_rank(rank: int, folder: Path) -> None:
-    """All that a rank does; its results are in ``folder/RANK.pth``, or its traceback in ``folder/RANK.txt``."""
-    try:
-        results = {"script": use_the_scripts_group(rank, folder)}
-        os.environ.update({"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)})
-        config = TrainerConfig(distributed_url=f"file://{folder}/trainer")
-        ranks = Ranks.from_environment(config, TrainerArgs())
-        ranks.open(CPU)
-        ranks.open(CPU)
-        for part in (train_a_share, sum_special_gradients, ask_who_has_a_loss, exchange, spread_model, draw):
-            results[part.__name__] = part(ranks, rank)
-        ranks.barrier()
-        wait_for_the_other(rank, folder, "done")
-        ranks.close()
-        results["closed"] = not dist.is_initialized()
-        torch.save(results, folder / f"{rank}.pth")
-    except BaseException:
-        (folder / f"{rank}.txt").write_text(traceback.format_exc())
-        raise
+def all_parts(rank: int, folder: Path) -> dict:
+    """All that a rank does."""
+    found = {"script": use_the_scripts_group(rank, folder)}
+    os.environ.update({"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)})
+    ranks = Ranks.from_environment(TrainerConfig(distributed_url=f"file://{folder}/trainer"), TrainerArgs())
+    ranks.open(CPU)
+    ranks.open(CPU)
+    for part in (train_a_share, sum_special_gradients, ask_who_has_a_loss, exchange, spread_model, draw):
+        found[part.__name__] = part(ranks, rank)
+    ranks.barrier()
+    wait_for_the_other(rank, folder, "done")
+    ranks.close()
+    return {**found, "closed": not dist.is_initialized()}
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """What rank 0 and rank 1 found."""
-    folder = tmp_path_factory.mktemp("ranks")
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=run_rank, args=(rank, folder), daemon=True) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-        if process.is_alive():
-            process.kill()
-    problems = [path.read_text() for path in sorted(folder.glob("*.txt"))]
-    assert [process.exitcode for process in processes] == [0, 0], "\n".join(problems)
-    return [torch.load(folder / f"{rank}.pth", weights_only=False) for rank in range(2)]
+    return on_two_ranks(tmp_path_factory.mktemp("ranks"), all_parts)
 
 
 class TestTwoRanks:

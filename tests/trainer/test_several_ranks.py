@@ -1,9 +1,9 @@
 """The Trainer on two ranks against one rank on the joint batch: weights, losses, orders, checkpoints, and stopping."""
 
-import multiprocessing
+import functools
 import os
 import signal
-import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
-from tests.trainer.test_distributed import wait_for_the_other
 from tests.trainer.toys import Toy, ToyGan, build, collate, make_samples
+from tests.trainer.two_ranks import on_two_ranks, wait_for_the_other
 from trainer import TrainerArgs
 
 
@@ -119,39 +119,20 @@ def train_until_stopped(folder: Path) -> dict:
     return {"stopped": train("stopped", 2, folder, model_class=Stopping)}
 
 
-def run_rank(rank: int, folder: Path, work) -> None:
-    """What one rank does; its results are in ``folder/RANK.pth``, or its traceback in ``folder/RANK.txt``."""
-    try:
-        os.environ.update({"RANK": str(rank), "WORLD_SIZE": "2"})
-        dist.init_process_group("gloo", f"file://{folder}/group", rank=rank, world_size=2)
-        torch.save(work(folder), folder / f"{rank}.pth")
-        wait_for_the_other(rank, folder, "done")
-        dist.destroy_process_group()
-    except BaseException:
-        (folder / f"{rank}.txt").write_text(traceback.format_exc())
-        raise
-
-
-def on_two_ranks(folder: Path, work) -> list[dict]:
-    """What both ranks found."""
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=run_rank, args=(rank, folder, work)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-        if process.is_alive():
-            process.kill()
-            process.join()
-    problems = [path.read_text() for path in sorted(folder.glob("*.txt"))]
-    assert [process.exitcode for process in processes] == [0, 0], "\n".join(problems)
-    return [torch.load(folder / f"{rank}.pth", weights_only=False) for rank in range(2)]
+def in_a_group(work: Callable[[Path], dict], rank: int, folder: Path) -> dict:
+    """Runs ``work`` in a process group of the script's own."""
+    os.environ.update({"RANK": str(rank), "WORLD_SIZE": "2"})
+    dist.init_process_group("gloo", f"file://{folder}/group", rank=rank, world_size=2)
+    found = work(folder)
+    wait_for_the_other(rank, folder, "done")
+    dist.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
     """What both ranks found, case by case."""
-    return on_two_ranks(tmp_path_factory.mktemp("ranks"), train_cases)
+    return on_two_ranks(tmp_path_factory.mktemp("ranks"), functools.partial(in_a_group, train_cases))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -183,7 +164,9 @@ def test_a_continued_run_of_two_ranks_is_the_whole_one(two_ranks):
 
 
 def test_a_signal_to_one_rank_stops_and_saves_both(tmp_path):
-    first, second = (found["stopped"] for found in on_two_ranks(tmp_path, train_until_stopped))
+    first, second = (
+        found["stopped"] for found in on_two_ranks(tmp_path, functools.partial(in_a_group, train_until_stopped))
+    )
     assert first["code"] == second["code"] == 128 + signal.SIGTERM
     assert first["steps"] == second["steps"] <= 4
     assert (Path(first["folder"]) / f"checkpoint_{first['steps']}.pth").is_file()
