@@ -8,8 +8,8 @@
    tests/coqui/test_scripts.py::test_learns_with_the_overrides
 3. Running averages drop their first value.
    tests/trainer/test_averages.py::test_the_first_value_counts
-   tests/trainer/test_loop.py::test_evaluation_counts_every_sample_once
-   tests/trainer/test_loop.py::test_the_best_model_is_the_one_with_the_lowest_eval_loss
+   tests/trainer/test_evaluation.py::test_evaluation_counts_every_sample_once
+   tests/trainer/test_evaluation.py::test_the_best_model_is_the_one_with_the_lowest_eval_loss
 4. The best evaluation loss is lost by a resume, and the training loss judges.
    tests/trainer/test_restore.py::test_both_losses_survive_a_resume
    tests/trainer/test_coqui_cases.py::test_after_a_resume_the_best_eval_loss_of_before_judges

@@ -1,7 +1,6 @@
 """The loop against plain PyTorch loops, bitwise, and all that it decides: accumulation, schedules, best model."""
 
 import json
-import math
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 from torch import nn
 
 from tests.trainer.toys import Toy, ToyConfig, ToyGan, assert_same_weights, build, collate, make_samples, weights_of
-from trainer import Trainer, TrainerArgs, TrainerModel
+from trainer import Trainer, TrainerArgs
 from trainer.data.loader import BucketBatchSampler
 from trainer.loggers.base import DashboardLogger
 
@@ -224,28 +223,6 @@ def test_grad_clip_per_optimizer():
     assert last["grad_norm_0"] > 0.02
 
 
-def test_evaluation_counts_every_sample_once():
-    """6 samples in batches of 4 and 2: the mean over samples, not over batches."""
-    trainer = build(evaluation=6, eval_batch_size=4)
-    means = trainer.evaluate()
-    x, y = collate(make_samples(6, seed=1)).values()
-    with torch.no_grad():
-        errors = (trainer.model.layer(x).squeeze(1) - y) ** 2
-    assert means["loss"] == pytest.approx(errors.mean().item(), rel=1e-6)
-    batch_mean = (errors[:4].mean() + errors[4:].mean()).item() / 2
-    assert means["loss"] != pytest.approx(batch_mean, rel=1e-3)
-    assert trainer.model.training  # put back for what follows
-
-
-def test_evaluating_does_not_change_the_training():
-    weights = []
-    for changes in ({"run_eval_steps": 1}, {"run_eval": False}):
-        trainer = build(dropout=0.5, **changes)
-        trainer.fit()
-        weights.append(weights_of(trainer.model))
-    assert_same_weights(*weights)
-
-
 def test_logging_does_not_change_the_training():
     class Drawing(Toy):
         def train_log(self, batch, outputs, logger, steps):
@@ -257,66 +234,6 @@ def test_logging_does_not_change_the_training():
         trainer.fit()
         weights.append(weights_of(trainer.model))
     assert_same_weights(*weights)
-
-
-def test_evaluations_draw_the_same_numbers():
-    class Noisy(Toy):
-        def eval_step(self, batch, criterion):
-            noise = torch.randn(len(batch["x"])).mean()
-            return {"noise": noise}, {"loss": noise}
-
-    trainer = build(Noisy)
-    torch.manual_seed(1)
-    first = trainer.evaluate()
-    torch.manual_seed(2)
-    assert trainer.evaluate() == first
-
-
-def test_the_best_model_is_the_one_with_the_lowest_eval_loss():
-    losses = iter([3.0, 1.0, 2.0, 0.5, 0.5, 0.6])  # an equal loss is not better
-
-    class Scripted(Toy):
-        def eval_step(self, batch, criterion):
-            value = self.value = next(losses) if batch["x"].size(0) == 4 else self.value
-            return {}, {"loss": torch.tensor(value)}
-
-    trainer = build(Scripted, save_all_best=True)
-    trainer.fit()
-    assert trainer.best_loss == {"train_loss": math.inf, "eval_loss": 0.5}
-    state = torch.load(trainer.output_path / "best_model.pth", weights_only=True)
-    assert state["step"] == 12  # the fourth of the epochs of 3 updates
-    names = sorted(p.name for p in trainer.output_path.glob("best_model_*.pth"))
-    assert names == ["best_model_12.pth", "best_model_3.pth", "best_model_6.pth"]
-
-
-def test_target_loss_decides_and_save_best_after_waits():
-    class Two(Toy):
-        def eval_step(self, batch, criterion):
-            step = self.calls = getattr(self, "calls", 0) + 1
-            return {}, {"loss": torch.tensor(float(step)), "other": torch.tensor(-float(step))}
-
-    trainer = build(Two, target_loss="other", evaluation=4, save_best_after=7)
-    trainer.fit()
-    assert trainer.best_loss["eval_loss"] == -6.0
-    saved = torch.load(trainer.output_path / "best_model.pth", weights_only=True)
-    assert saved["step"] == 18
-    with pytest.raises(ValueError, match=r"target_loss='othr': not among the losses loss, other"):
-        build(Two, target_loss="othr").fit()
-
-
-def test_without_evaluation_the_train_loss_decides():
-    trainer = build(run_eval=False, epochs=2)
-    trainer.fit()
-    assert trainer.best_loss == {"train_loss": trainer.keep_avg_train.means["loss"], "eval_loss": None}
-    assert (trainer.output_path / "best_model.pth").is_file()
-
-
-def test_several_optimizers_are_judged_by_their_mean():
-    trainer = build(ToyGan, epochs=1)
-    trainer.fit()
-    means = trainer.keep_avg_eval.means
-    assert trainer.best_loss["eval_loss"] == (means["loss_0"] + means["loss_1"]) / 2
-    assert set(means) == {"loss_0", "real", "loss_1", "score"}
 
 
 @pytest.mark.parametrize("max_steps", [1, 4, 6])
@@ -355,69 +272,6 @@ def test_overfit_batch_hands_out_a_fresh_dict_every_step():
     assert trainer.model.forwards == 6 + 2 * 1
 
 
-def test_start_with_eval_and_skip_train_epoch():
-    order = []
-
-    class Noting(Toy):
-        def eval_step(self, batch, criterion):
-            order.append("eval")
-            return super().eval_step(batch, criterion)
-
-        def train_step(self, batch, criterion):
-            order.append("train" if self.training else "-")
-            return super().train_step(batch, criterion)
-
-        def test_run(self, trainer):
-            order.append("test")
-
-    build(Noting, train=4, evaluation=4, epochs=1, args=TrainerArgs(start_with_eval=True)).fit()
-    assert order == ["eval", "-", "train", "eval", "-", "test"]
-    order.clear()
-    trainer = build(Noting, train=4, evaluation=4, args=TrainerArgs(skip_train_epoch=True))
-    trainer.fit()
-    assert order == ["eval", "-", "test"]
-    assert trainer.total_steps_done == 0
-    assert not list(trainer.output_path.glob("*.pth"))
-
-
-def test_run_eval_steps_and_test_delay():
-    evals, tests = [], []
-
-    class Noting(Toy):
-        def eval_log(self, batch, outputs, logger, steps):
-            evals.append(steps)
-            assert len(batch["x"]) == 4  # the first batch
-            assert not self.training
-
-        def test_run(self, trainer):
-            tests.append(trainer.total_steps_done)
-            return "spoken"
-
-        def test_log(self, outputs, logger, steps):
-            assert (outputs, steps) == ("spoken", tests[-1])
-
-    build(Noting, run_eval_steps=2, test_delay_epochs=1, epochs=2).fit()
-    assert evals == [2, 3, 4, 6]  # step 6 is evaluated once
-    assert tests == [6]
-
-
-def test_run_eval_epochs_evaluates_and_tests_every_nth_and_the_last():
-    evals, tests = [], []
-
-    class Noting(Toy):
-        def eval_log(self, batch, outputs, logger, steps):
-            evals.append(steps)
-
-        def test_run(self, trainer):
-            tests.append(trainer.total_steps_done)
-
-    build(Noting, run_eval_epochs=2, epochs=5).fit()
-    assert evals == tests == [6, 12, 15]
-    evals.clear()
-    build(Noting, run_eval_epochs=2, max_steps=9).fit()
-    assert evals == [6, 9]
-
-
 def test_callbacks_in_order():
     calls = []
 
@@ -450,50 +304,6 @@ def test_callbacks_in_order():
     assert calls == ["init_start", "init_end", "epoch 0", "train a", "train b", *middle, "train end", "end 0"]
 
 
-def test_evaluation_callbacks_on_model_criterion_and_functions():
-    calls = []
-
-    class Criterion(nn.MSELoss):
-        def on_eval_epoch_start(self, trainer):
-            calls.append("criterion start")
-
-    class Noting(Toy):
-        def get_criterion(self):
-            return Criterion()
-
-        def on_eval_step_start(self, trainer):
-            calls.append("batch")
-            assert not self.training
-
-        def on_eval_epoch_end(self, trainer):
-            calls.append(f"model end {sorted(trainer.keep_avg_eval.means)}")
-
-    functions = {"on_eval_step_end": lambda t: calls.append("done"), "on_eval_epoch_end": lambda t: calls.append("end")}
-    build(Noting, callbacks=functions).evaluate()
-    assert calls == ["criterion start", "batch", "done", "batch", "done", "model end ['loss']", "end"]
-
-
-def test_a_part_that_the_model_keeps_in_eval_mode_stays_so():
-    """As XTTS does: on_train_epoch_start, after train(), freezes parts; an evaluation in between changes nothing."""
-    modes = []
-
-    class Partly(Toy):
-        def on_train_epoch_start(self, trainer):
-            assert self.training
-            self.dropout.eval()
-
-        def train_step(self, batch, criterion):
-            modes.append((self.training, self.dropout.training))
-            return super().train_step(batch, criterion)
-
-        def eval_step(self, batch, criterion):
-            assert (self.training, self.layer.training) == (False, False)
-            return {}, {"loss": torch.zeros(())}
-
-    build(Partly, run_eval_steps=1, epochs=1).fit()
-    assert modes == [(True, False)] * 3
-
-
 def test_the_trainer_reads_the_command_line_by_itself(monkeypatch):
     """As in Coqui's scripts, which hand over args and config and leave sys.argv to the Trainer."""
     argv = ["train.py", "--coqpit.epochs=1", "--grad_accum_steps", "3", "--coqpit.optimizer_params.momentum=0.5"]
@@ -521,13 +331,6 @@ def test_what_looks_like_the_trainers_argument_is_an_error(monkeypatch, capsys, 
         Trainer(TrainerArgs(), config, model=Toy(config))
     assert stopped.value.code == 2
     assert f"{argument.partition('=')[0]}: unknown argument" in capsys.readouterr().err
-
-
-def test_print_eval_prints_every_batch(caplog):
-    build(epochs=1, print_eval=True, evaluation=6).fit()
-    assert [line for line in caplog.messages if line.startswith("eval at batch")][1].startswith(
-        "eval at batch 2: loss "
-    )
 
 
 def test_the_host_reads_losses_only_at_log_points(monkeypatch):
@@ -665,204 +468,3 @@ def test_model_param_stats_are_written_after_every_epoch():
         trainer.dashboard_logger = Dashboard()
         trainer.fit()
     assert steps == [3, 6]
-
-
-@pytest.mark.parametrize("losses", [None, {}])
-def test_a_model_may_skip_a_whole_epoch(losses, caplog):
-    """As Coqui TTS's GlowTTS does for its first updates; nothing is shown of them, and none is the best."""
-
-    class Later(Toy):
-        def train_step(self, batch, criterion):
-            self.calls = getattr(self, "calls", 0) + 1
-            return super().train_step(batch, criterion) if self.calls > 3 else (None, losses)
-
-        def train_log(self, batch, outputs, logger, steps):
-            shown.append((steps, sorted(outputs)))
-
-    shown = []
-    trainer = build(Later, epochs=2, run_eval=False, plot_step=1)
-    trainer.fit()
-    assert "Later returned no loss for any batch of the epoch" in caplog.text
-    assert [steps for steps, _ in shown] == [4, 5, 6]
-    assert torch.load(trainer.output_path / "best_model.pth", weights_only=True)["step"] == 6
-
-
-def test_an_evaluation_without_a_loss_is_not_judged():
-    class Silent(Toy):
-        def eval_step(self, batch, criterion):
-            return None, None
-
-        def eval_log(self, batch, outputs, logger, steps):
-            raise AssertionError("there is nothing to show")
-
-    trainer = build(Silent, epochs=1)
-    trainer.fit()
-    assert trainer.keep_avg_eval.means == {}
-    assert not (trainer.output_path / "best_model.pth").exists()
-
-
-class GanOnSelf(ToyGan):
-    """Hands the generator's output over on ``self``, as Coqui TTS's models do, and counts its passes there."""
-
-    passes = 0
-
-    def train_step(self, batch, criterion, optimizer_idx):
-        self.passes += 1
-        if optimizer_idx == 0:
-            outputs = super().train_step(batch, criterion, optimizer_idx)
-            self.fake = batch.pop("fake")
-            return outputs
-        return super().train_step({**batch, "fake": self.fake}, criterion, optimizer_idx)
-
-
-@pytest.mark.parametrize("accumulate", [1, 2, 3])
-def test_outputs_kept_on_self_are_those_of_their_batch(accumulate):
-    trainers = []
-    for model in (ToyGan, GanOnSelf):
-        args = TrainerArgs(grad_accum_steps=accumulate)
-        trainers.append(build(model, args=args, train=20, epochs=2, optimizer="AdamW", lr=0.01, run_eval=False))
-        trainers[-1].fit()
-    assert_same_weights(*(weights_of(trainer.model) for trainer in trainers))
-    assert trainers[1].model.passes == 2 * 2 * 5  # epochs, optimizers, batches
-
-
-def test_a_callback_that_steps_and_clears_leaves_accumulated_gradients_alone():
-    """As Coqui TTS's Capacitron does in before_backward_pass."""
-
-    class Clearing(Toy):
-        def before_backward_pass(self, loss_dict, optimizer):
-            optimizer[0].zero_grad()
-
-    clearing = build(Clearing, args=TrainerArgs(grad_accum_steps=3), epochs=2)
-    plain = build(args=TrainerArgs(grad_accum_steps=3), epochs=2)
-    for trainer in (clearing, plain):
-        trainer.fit()
-    assert_same_weights(weights_of(clearing.model), weights_of(plain.model))
-
-
-def test_what_a_test_run_makes_can_be_trained():
-    class Making(Toy):
-        def test_run(self, trainer):
-            assert not torch.is_grad_enabled()
-            self.cell = nn.GRUCell(2, 2)
-
-    trainer = build(Making, epochs=1)
-    trainer.fit()
-    assert not trainer.model.cell.weight_hh.is_inference()
-    trainer.model.cell(torch.ones(1, 2)).sum().backward()
-
-
-def test_outputs_are_shown_in_full_precision():
-    types = []
-
-    class Showing(Toy):
-        def train_log(self, batch, outputs, logger, steps):
-            types.append(outputs["prediction"].dtype)
-
-    build(Showing, mixed_precision=True, precision="bf16", plot_step=1, max_steps=1).fit()
-    assert types == [torch.float32]
-
-
-@pytest.mark.parametrize("hook", ["train_log", "eval_log"])
-def test_a_hook_that_cannot_show_anything_is_told_of_once(hook, caplog):
-    def unable(self, batch, outputs, logger, steps):
-        raise NotImplementedError("no pictures of this")
-
-    build(type("Plain", (Toy,), {hook: unable}), plot_step=1, epochs=2).fit()
-    assert caplog.text.count(f"Plain.{hook} shows nothing: NotImplementedError('no pictures of this')") == 1
-
-
-def test_a_model_may_copy_the_config_onto_itself():
-    """As Coqui TTS's models do, which have a property ``device``."""
-
-    class Copying(Toy):
-        device = property(lambda self: next(self.parameters()).device)
-
-        def __init__(self, config):
-            super().__init__(config)
-            for name in set(config) - {"dropout"}:  # a layer here
-                setattr(self, name, config[name])
-
-    trainer = build(Copying, epochs=1)
-    trainer.fit()
-    assert (trainer.model.batch_size, trainer.model.lr) == (4, 0.1)
-
-
-class TestBadInput:
-    """Each with name, value and remedy."""
-
-    def test_a_batch_that_is_no_dict(self):
-        loader = torch.utils.data.DataLoader(make_samples(4), batch_size=4)
-        with pytest.raises(TypeError, match=r"Toy\.train_step: the batch is a list of 2 items, not a dict"):
-            build(train_loader=loader).fit()
-
-    def test_other_type_errors_of_the_model_come_out_as_they_are(self):
-        class Broken(Toy):
-            def train_step(self, batch, criterion):
-                return len(3)
-
-        with pytest.raises(TypeError, match=r"object of type 'int' has no len\(\)"):
-            build(Broken).fit()
-
-    def test_format_batch_without_return(self):
-        class Forgetful(Toy):
-            def format_batch(self, batch):
-                batch["x"] = batch["x"]
-
-        with pytest.raises(ValueError, match=r"Forgetful\.format_batch returned None: return the batch"):
-            build(Forgetful).fit()
-
-    def test_no_samples(self):
-        with pytest.raises(ValueError, match="train_samples is empty: check the data set"):
-            build(train=0).fit()
-
-    def test_loader_without_batches(self):
-        loader = torch.utils.data.DataLoader(make_samples(3), batch_size=4, drop_last=True)
-        with pytest.raises(ValueError, match="the train_loader has no batch"):
-            build(train_loader=loader).fit()
-
-    @pytest.mark.parametrize("losses", [{"loss_gen": torch.ones(())}, {"loss": 1.0}, torch.ones(())])
-    def test_losses_without_loss(self, losses):
-        class Wrong(Toy):
-            def train_step(self, batch, criterion):
-                return {}, losses
-
-        with pytest.raises(ValueError, match=r"Wrong.train_step returned losses .* without a tensor 'loss'"):
-            build(Wrong).fit()
-
-    def test_loss_that_is_no_scalar(self):
-        class Wrong(Toy):
-            def train_step(self, batch, criterion):
-                outputs, losses = super().train_step(batch, criterion)
-                return outputs, {**losses, "each": outputs["prediction"]}
-
-        with pytest.raises(ValueError, match=r"loss 'each' has shape \[4\]"):
-            build(Wrong).fit()
-
-    def test_missing_method_is_named(self):
-        class Empty(Toy):
-            train_step = TrainerModel.train_step
-
-        with pytest.raises(NotImplementedError, match=r"Empty has no train_step\(\)"):
-            build(Empty).fit()
-
-    def test_lengths(self):
-        with pytest.raises(ValueError, match="grad_clip: 3 entries"):
-            build(ToyGan, grad_clip=[1.0, 1.0, 1.0])
-
-    def test_model_of_another_base(self):
-        with pytest.raises(TypeError, match="Linear: derive its class from TrainerModel"):
-            build(model=nn.Linear(1, 1))
-
-    def test_exception_of_the_user_comes_out_as_it_is(self):
-        class Broken(Toy):
-            def eval_step(self, batch, criterion):
-                raise NotImplementedError("inside the user's code")
-
-        trainer = build(Broken)
-        with pytest.raises(NotImplementedError, match="inside the user's code"):
-            trainer.fit()
-        log = (trainer.output_path / "trainer_0_log.txt").read_text()
-        assert "error: the training ends here" in log
-        assert "NotImplementedError: inside the user's code" in log
-        assert 'raise NotImplementedError("inside the user\'s code")' in log
