@@ -191,7 +191,9 @@ class Run:
             average.read()
             times, left = self._clock.read(), self._clock.time_left(self._updates_left(updates))
             rates = {name: float(rate) for name, rate in self._rates.items()}
-            values = {**average.last, **rates, **self.precision.stats(), **self.guard.stats()}
+            # losses first: a model's own optimize hands them over after its steps
+            last = dict(sorted(average.last.items(), key=lambda entry: entry[0].startswith("grad_norm")))
+            values = {**last, **rates, **self.precision.stats(), **self.guard.stats()}
         if printing:
             self.c_logger.print_train_step(step, values, average.means, times, left)
         if shown is not None:

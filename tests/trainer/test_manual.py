@@ -137,6 +137,7 @@ def test_a_gan_names_its_losses_and_is_evaluated_once(caplog):
     trainer.fit()
     assert set(trainer.keep_avg_train.means) == {"loss_gen", "loss_disc", "grad_norm_0", "grad_norm_1"}
     assert set(trainer.keep_avg_eval.means) == {"loss_gen"}
+    assert "step 1: loss_gen " in caplog.text  # what the model learns by comes before the norms
     assert trainer.keep_avg_train["avg_loss_gen"] == trainer.keep_avg_train.means["loss_gen"]
     assert "best model: the newest, since no target_loss is named among loss_gen" in caplog.text
     assert torch.load(trainer.output_path / "best_model.pth", weights_only=True)["step"] == 6
