@@ -24,8 +24,9 @@ lint: $(VENV)/.installed-dev ## check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: $(VENV)/.installed-dev ## time the Trainer's loop against a bare loop
+bench: $(VENV)/.installed-dev ## time the Trainer against bare loops, on one rank and on two
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/loop.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/ddp.py
 
 clean: ## delete the environment and caches; runs in output/ and data/ stay
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .coverage onefile_trainer.egg-info

@@ -185,11 +185,7 @@ def _heaviest_batches(loader: DataLoader, size: int, epoch: int) -> Iterator[Any
     """The batch of the longest samples again and again, or the epoch's batches when lengths are not known."""
     sampler = loader.batch_sampler
     if isinstance(sampler, BucketBatchSampler) and sampler.lengths is not None:
-        sampler.set_epoch(epoch)
-        key = next(iter(sampler))[0]  # of build_loader (epoch, index), else the index alone
-        longest = np.argsort(sampler.lengths, kind="stable")[-size:].tolist()
-        batch = [(*key[:-1], index) if isinstance(key, tuple) else index for index in longest]
-        endless = itertools.repeat(batch)
+        endless = itertools.repeat(np.argsort(sampler.lengths, kind="stable")[-size:].tolist())
         yield from DataLoader(loader.dataset, batch_sampler=endless, collate_fn=loader.collate_fn)
     while True:  # an epoch may have fewer batches than are needed
         yield from rest_of_epoch(loader, epoch, 0)

@@ -50,6 +50,7 @@ def state_of(trainer: "Trainer") -> dict[str, Any]:
         "step": trainer.total_steps_done,
         "epoch": trainer.epochs_done,
         "batches_done": trainer.batches_done,
+        "position": trainer.position(),
         "stepped": sorted(trainer.stepped_optimizers),
         "eval_step": trainer.last_eval_step,
         "model_loss": dict(trainer.best_loss),

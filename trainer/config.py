@@ -119,6 +119,16 @@ class TrainerConfig(CheckedConfig):
         "auto", "Backend of torch.distributed: auto is nccl on GPUs and gloo on CPUs.", choices=("auto", "nccl", "gloo")
     )
     distributed_url: str = field("env://", "How the ranks find each other; the launcher's way by default.")
+    distributed_timeout: float = field(
+        1800.0, "How long a rank waits for the others; then the training ends, naming those that hang.", unit="s", min=1
+    )
+    sync_batchnorm: bool = field(False, "Compute BatchNorm's statistics over the batches of all ranks.")
+    drift_check_steps: int | None = field(
+        1000,
+        "Compare the weights of all ranks every N updates, and before saving; none means before saving only.",
+        unit="updates",
+        min=1,
+    )
 
     # precision and speed
     mixed_precision: bool = field(False, "Run the forward pass under autocast.")

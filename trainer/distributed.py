@@ -7,6 +7,7 @@ and buffers travel over the device's own backend. With one rank nothing is opene
 
 import atexit
 import contextlib
+import datetime
 import json
 import os
 import sys
@@ -22,9 +23,11 @@ import torch.distributed as dist
 from torch import nn
 
 from trainer.config import TrainerArgs, TrainerConfig
+from trainer.roll_call import RollCall
 from trainer.seeding import seed_generators
+from trainer.slurm import ranks_of_step
 
-_RANK = 2  # keeps the random streams of ranks apart from those of orders and samples (trainer/data/loader.py)
+_RANK = 2  # keeps the random streams of ranks apart from those of orders and samples (trainer/data/samplers.py)
 _BUCKET_BYTES = 2**26  # what is copied together for one collective: it bounds the memory that communication takes
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 _LAUNCHER = "python -m trainer.distribute --gpus 0,1 --script SCRIPT"
@@ -35,6 +38,42 @@ def rank_seed(seed: int, rank: int) -> int:
     if rank == 0:
         return seed
     return int(np.random.SeedSequence(seed, spawn_key=(_RANK, rank)).generate_state(1)[0])
+
+
+class Agreement:
+    """What an update is to all ranks; the first look at it waits for the others.
+
+    Args:
+        world_size: number of ranks.
+        samples: of this rank.
+        signal: that this rank received.
+        group: of processes on the hosts.
+    """
+
+    def __init__(self, world_size: int, samples: float, signal: int | None, group: Any) -> None:
+        self._mine = torch.tensor([samples, signal or 0], dtype=torch.float64) if world_size > 1 else None
+        self._samples, self._signal, self._work = samples, signal, None
+        if self._mine is not None:
+            self._all = [torch.empty_like(self._mine) for _ in range(world_size)]
+            self._work = dist.all_gather(self._all, self._mine, group=group, async_op=True)
+
+    def _wait(self) -> None:
+        if self._work is not None:
+            self._work.wait()
+            samples, signals = zip(*(numbers.tolist() for numbers in self._all))
+            self._samples, self._signal, self._work = sum(samples), int(max(signals)) or None, None
+
+    @property
+    def samples(self) -> float:
+        """On all ranks together."""
+        self._wait()
+        return self._samples
+
+    @property
+    def signal(self) -> int | None:
+        """The highest number of the signals; None when no rank received one."""
+        self._wait()
+        return self._signal
 
 
 class Ranks:
@@ -50,6 +89,8 @@ class Ranks:
         is_main: whether this is rank 0, which alone writes files.
     """
 
+    _store: dist.Store | None = None  # of the process's group, if a Trainer has opened it
+
     def __init__(
         self,
         rank: int = 0,
@@ -58,18 +99,20 @@ class Ranks:
         group_id: str = "",
         backend: str = "auto",
         url: str = "env://",
+        timeout: float = 1800,
     ) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(f"RANK={rank} with WORLD_SIZE={world_size}: ranks count from 0 to WORLD_SIZE - 1")
         self.rank, self.world_size, self.local_rank, self.group_id = rank, world_size, local_rank, group_id
         self.is_main = rank == 0
-        self._backend, self._url = backend, url
+        self._backend, self._url, self._timeout = backend, url, timeout
+        self.roll_call = RollCall(rank, world_size, timeout)
         self._is_open = self._owns_group = False
         self._host_group: Any = None  # a group for CPU tensors; None where the default group takes them
 
     @classmethod
     def from_environment(cls, config: TrainerConfig, args: TrainerArgs) -> "Ranks":
-        """What the launcher (trainer.distribute, torchrun) has put into the environment; one rank without a launcher.
+        """What the launcher (trainer.distribute, torchrun, srun) has put into the environment; one rank without one.
 
         A process group that the script has opened by itself counts as well. Fills in args.use_ddp, args.rank and
         args.group_id.
@@ -78,6 +121,8 @@ class Ranks:
             ValueError: use_ddp without a launcher, or a part of its variables is missing.
         """
         opened = dist.is_available() and dist.is_initialized()
+        if not opened:
+            os.environ.update(ranks_of_step(os.environ))  # where env:// looks
         found = {"RANK": str(dist.get_rank()), "WORLD_SIZE": str(dist.get_world_size())} if opened else {}
         found.update({name: os.environ[name] for name in _VARIABLES if name in os.environ})
         if args.use_ddp and "RANK" not in found:
@@ -93,6 +138,7 @@ class Ranks:
             group_id,
             config.distributed_backend,
             config.distributed_url,
+            config.distributed_timeout,
         )
         args.use_ddp, args.rank, args.group_id = ranks.world_size > 1, ranks.rank, ranks.group_id
         return ranks
@@ -113,15 +159,20 @@ class Ranks:
         if self._owns_group:
             # the launcher's free port comes before a fixed one, which two runs on one machine would share
             url = "env://" if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ else self._url
-            backend = self._pick_backend(device)
-            dist.init_process_group(backend, url, rank=self.rank, world_size=self.world_size)
+            backend, timeout = self._pick_backend(device), datetime.timedelta(seconds=self._timeout)
+            store, _, _ = next(dist.rendezvous(url, self.rank, self.world_size))
+            Ranks._store = dist.PrefixStore("trainer", store)
+            options = {"rank": self.rank, "world_size": self.world_size, "timeout": timeout}
+            dist.init_process_group(backend, store=dist.PrefixStore("group", store), **options)
             atexit.register(self.close)
         elif (dist.get_rank(), dist.get_world_size()) != (self.rank, self.world_size):
             raise ValueError(
                 f"the script's process group says rank {dist.get_rank()} of {dist.get_world_size()}, the environment "
                 f"RANK={self.rank} and WORLD_SIZE={self.world_size}: leave opening the group to the Trainer"
             )
-        self._host_group = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+        self.roll_call.store = Ranks._store
+        if dist.get_backend() != "gloo":
+            self._host_group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=self._timeout))
         _record_what_ends_the_process()
         self._is_open = True
 
@@ -130,26 +181,21 @@ class Ranks:
         # after an error the others may be gone, and NCCL would wait for them
         failed = getattr(sys, "last_value", None) is not None
         if self._owns_group and not failed and dist.is_initialized():
+            self.roll_call.leave()
             dist.destroy_process_group()
         self._is_open = self._owns_group = False
 
     # ---- every update ----
 
-    def agree(self, samples: float, signal: int | None = None) -> tuple[float, int | None]:
-        """What an update begins with: the samples of its windows on all ranks, and a signal that any rank received.
+    def agree(self, samples: float, signal: int | None = None) -> "Agreement":
+        """Begin to tell each other what an update needs: its samples on all ranks, and a signal that any received.
 
-        One collective of two numbers between the hosts. A micro-batch of n samples is weighted by n / samples.
-
-        Returns:
-            The sum of the samples; the highest number of the signals, None when no rank received one.
+        One collective of two numbers between the hosts; it goes on during the forward pass, until somebody looks. A
+        micro-batch of n samples is weighted by n / agreement.samples.
         """
-        if self.world_size == 1:
-            return samples, signal
-        mine = torch.tensor([samples, signal or 0], dtype=torch.float64)
-        all_ranks = [torch.empty_like(mine) for _ in range(self.world_size)]
-        dist.all_gather(all_ranks, mine, group=self._host_group)
-        counts, signals = zip(*(numbers.tolist() for numbers in all_ranks))
-        return sum(counts), int(max(signals)) or None
+        if self.world_size > 1:
+            self.roll_call.here()
+        return Agreement(self.world_size, samples, signal, self._host_group)
 
     def sum_gradients(
         self, parameters: Iterable[nn.Parameter], extra: torch.Tensor | None = None, used: bool = True
@@ -167,9 +213,6 @@ class Ranks:
 
         Returns:
             Whether any rank has a loss for this optimizer. If none has, nothing was summed.
-
-        Raises:
-            ValueError: a sparse gradient.
         """
         if self.world_size == 1:
             return used
@@ -185,10 +228,6 @@ class Ranks:
                 continue
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            elif parameter.grad.is_sparse:
-                raise ValueError(
-                    "sparse=True: sparse gradients cannot be summed over ranks; build the layer without it"
-                )
             tensors.append(parameter.grad)
         with torch.no_grad():
             for bucket in _buckets(tensors):

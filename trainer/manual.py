@@ -11,6 +11,7 @@ from trainer.averages import named
 from trainer.optimizers import parameters_of, step_schedulers
 
 if TYPE_CHECKING:
+    from trainer.distributed import Agreement
     from trainer.trainer import Trainer
 
 
@@ -43,23 +44,24 @@ class ManualOptimization:
 
     def __init__(self, trainer: "Trainer") -> None:
         self._trainer = trainer
-        self._weight: float | torch.Tensor = 1.0
+        self._weight = 1.0
         self._first = self._last = True
         self._has_gradients = False
         self._held: dict[int, list] = {}  # gradients of optimizers whose step waits for the window's last batch
         self._stepped: set[int] = set()  # in this call of optimize
         self._asked: set[int] = set()
 
-    def run(self, batches: list[Any], samples: list[int], weights: list[Any]) -> dict[str, Any] | None:
+    def run(self, batches: list[Any], samples: list[int], agreement: "Agreement") -> dict[str, Any] | None:
         """One update from the batches of a window; returns the outputs of the last, None if it skipped all."""
         trainer, outputs = self._trainer, None
         self._held.clear()
         self._has_gradients = False
-        for i, (batch, n, self._weight) in enumerate(zip(batches, samples, weights)):
+        for i, (batch, n) in enumerate(zip(batches, samples)):
+            self._weight = n / agreement.samples
             self._first, self._last = i == 0, i == len(batches) - 1
             self._stepped.clear()
             self._asked.clear()
-            with self._intercepted(), trainer.precision.autocast():
+            with self._intercepted(), trainer.over_ranks(n), trainer.precision.autocast():
                 found, losses = trainer.model.optimize(batch, trainer)
             step_schedulers(trainer.scheduler, trainer.scheduler_units, "step", self._stepped - trainer.own_schedulers)
             if losses:

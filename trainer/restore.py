@@ -274,6 +274,7 @@ def continue_run(
         trainer.precision.scaler.load_state_dict(state["scaler"])
     trainer.total_steps_done, trainer.epochs_done = state["step"], state["epoch"]
     trainer.batches_done, trainer.stepped_optimizers = state["batches_done"], set(state["stepped"])
+    trainer.restored_position = state.get("position")
     trainer.last_eval_step = state["eval_step"]
     trainer.keep_avg_train.load_state_dict(state["averages"])
     if best_loss is not None:
@@ -319,11 +320,14 @@ def _restore_optional(trainer: "Trainer", state: Mapping[str, Any]) -> None:
 
 def _restore_rng(trainer: "Trainer", states: Mapping[str, Any]) -> None:
     """This rank's random states; another rank's would make two ranks draw the same numbers."""
-    rank = trainer.ranks.rank
+    rank, world_size = trainer.ranks.rank, trainer.ranks.world_size
     if str(rank) in states:
         restore_rng_state(states[str(rank)])
-    elif states:
-        trainer.c_logger.print(f"the checkpoint holds no random states of rank {rank}: it draws other numbers")
+    if states and (missing := [str(other) for other in range(world_size) if str(other) not in states]):
+        trainer.c_logger.print(
+            f"the checkpoint holds no random states of rank {', '.join(missing)}: it draws from the start of its own "
+            "stream, which training_seed and the rank give"
+        )
 
 
 # ---- does it fit? ----

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trainer import checkpoint as checkpoints
+from trainer import restarts
 from trainer.averages import target_loss
+from trainer.config import TrainerArgs, TrainerConfig
 from trainer.loggers.base import DashboardLogger
 from trainer.loggers.tensorboard import new_dashboard
-from trainer.model import Batch, overrides
+from trainer.model import Batch, TrainerModel, overrides
 from trainer.optimizers import describe, step_schedulers
 from trainer.provenance import new_run_folder
 from trainer.seeding import forked_rng, seed_unless_done
@@ -29,7 +31,7 @@ class Run:
         self.c_logger = c_logger
         self._given_dashboard, self._dashboard = dashboard, dashboard
         self._folder: Path | None = None
-        self._is_open = self._is_evaluating = False
+        self._is_open = self._is_evaluating = self._goes_on = False
         self._told: set[str] = set()
 
     @property
@@ -58,7 +60,9 @@ class Run:
         try:
             if first:
                 self.ranks.open(self.device)
-                self._folder = self.ranks.broadcast(self._new_folder() if self.ranks.is_main else None)
+                found = self.ranks.broadcast(self._new_folder() if self.ranks.is_main else None)
+                self._folder, self._goes_on = found
+                restarts.remember(self._folder, writes=self.ranks.local_rank == 0)
             self._open_logs()
             if first:
                 self._begin()
@@ -76,10 +80,13 @@ class Run:
         elif self._given_dashboard is None:
             self._dashboard = new_dashboard(self.config, self._folder)
 
-    def _new_folder(self) -> Path:
+    def _new_folder(self) -> tuple[Path, bool]:
+        """The run's folder, and whether there is something to go on from."""
         if self.args.continue_path:
-            return Path(self.args.continue_path)
-        return new_run_folder(self._root, self.config.run_name)
+            return Path(self.args.continue_path), True
+        if (folder := restarts.earlier_folder()) is not None:
+            return folder, checkpoints.exist_in(folder)
+        return new_run_folder(self._root, self.config.run_name), False
 
     def _begin(self) -> None:
         """Say what is going to be trained, restore what is asked for, and write the config."""
@@ -97,7 +104,7 @@ class Run:
         seed_unless_done(config.training_seed)
         self.ranks.seed(config.training_seed)  # each of the other ranks draws its own
         self.callbacks("on_init_start", self)  # which may change the config: a model adds its speakers, say
-        if args.continue_path:
+        if self._goes_on:
             checkpoints.continue_newest(self, self._folder)
         elif args.restore_path:
             checkpoints.restore(self, args.restore_path)
@@ -132,6 +139,7 @@ class Run:
         """
         if self._is_evaluating:
             raise RuntimeError("save_checkpoint() inside an evaluation: call it in on_epoch_end or on_train_step_end")
+        self.drift.check(self.total_steps_done)
         self.c_logger.print(f"saved {checkpoints.save_step(self)}")
 
     def log_checkpoint(self) -> None:
@@ -200,6 +208,7 @@ class Run:
             self.dashboard_logger.train_step_stats(step, {**values, **times})
             self.show("train_log", *shown)
             self._clock.restart()
+        self.drift.after_update(step)
         if config.save_checkpoints and step % config.save_step == 0:
             self.save_checkpoint()
             self._clock.restart()
@@ -264,6 +273,15 @@ class Run:
         if text not in self._told:
             self._told.add(text)
             self.c_logger.warn(text)
+
+
+def check_types(args: Any, config: Any, model: Any) -> None:
+    """Raise a TypeError unless a Trainer's arguments are what they have to be."""
+    for name, value, base in (("args", args, TrainerArgs), ("config", config, TrainerConfig)):
+        if not isinstance(value, base):
+            raise TypeError(f"{name} is a {type(value).__name__}: give a {base.__name__}, or a class derived from it")
+    if not isinstance(model, TrainerModel):
+        raise TypeError(f"model is a {type(model).__name__}: derive its class from TrainerModel")
 
 
 def _in_full_precision(value: Any) -> Any:

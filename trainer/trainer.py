@@ -21,18 +21,21 @@ from trainer.command_line import parse_command_line
 from trainer.config import TrainerArgs, TrainerConfig
 from trainer.coqui_names import CoquiNames
 from trainer.device import pick_device
-from trainer.distributed import Ranks, rank_seed
+from trainer.distributed import Agreement, Ranks, rank_seed
+from trainer.drift import DriftCheck
 from trainer.early_stopping import EarlyStopping
 from trainer.ema import EMA
 from trainer.loggers.base import DashboardLogger
 from trainer.loggers.console import ConsoleLogger, StepClock
 from trainer.manual import ManualOptimization
-from trainer.model import Batch, TrainerModel, call_step, eval_passes, overrides, own_tensors
+from trainer.model import Batch, Losses, Outputs, TrainerModel, call_step, eval_passes, overrides, own_tensors
 from trainer.nan_guard import NanGuard
 from trainer.precision import Precision
-from trainer.run import Run
+from trainer.reducer import Reducers
+from trainer.run import Run, check_types
 from trainer.seeding import set_backend_flags
 from trainer.signals import StopSignals
+from trainer.sync_batchnorm import BatchNormSync
 
 
 class Trainer(Run, Batches, CoquiNames):
@@ -69,20 +72,12 @@ class Trainer(Run, Batches, CoquiNames):
         callbacks: Mapping[str, Callable | list[Callable]] | None = None,
         gpu: int | None = None,
     ) -> None:
-        c_logger = c_logger or ConsoleLogger()
-        for name, value, base in (("args", args, TrainerArgs), ("config", config, TrainerConfig)):
-            if not isinstance(value, base):
-                raise TypeError(
-                    f"{name} is a {type(value).__name__}: give a {base.__name__}, or a class derived from it"
-                )
+        c_logger = c_logger or ConsoleLogger()  # which shows what is logged from here on
+        check_types(args, config, model)
         if parse_command_line_args:
             parse_command_line(config, args=args, leave_others=True)
         args.check()
         config.check()
-        if not isinstance(model, TrainerModel):
-            raise TypeError(f"model is a {type(model).__name__}: derive its class from TrainerModel")
-        if args.small_run and (train_loader is not None or eval_loader is not None):
-            raise ValueError(f"small_run={args.small_run} cuts the samples; it cannot cut loaders: hand samples over")
         super().__init__(output_path or config.output_path, c_logger, dashboard_logger)
         self.args, self.config = args, config
         self.ranks = Ranks.from_environment(config, args)
@@ -93,13 +88,15 @@ class Trainer(Run, Batches, CoquiNames):
         self.device = pick_device(name, gpu if args.gpu is None else args.gpu, local_rank)
         set_backend_flags(config)
         self.model = model.to(self.device)
-        self.train_samples = train_samples[: args.small_run] if args.small_run and train_samples else train_samples
-        self.eval_samples = eval_samples[: args.small_run] if args.small_run and eval_samples else eval_samples
-        self.train_loader, self.eval_loader = train_loader, eval_loader
+        self.take_data(train_samples, eval_samples, train_loader, eval_loader)
         self.optimizer = optimizers.build_optimizers(model, config, self.device)
         self.scheduler = optimizers.build_schedulers(model, config, self.optimizer)
         self.scheduler_units = optimizers.scheduler_units(config, self.scheduler)
         self.criterion = optimizers.build_criteria(model, self.optimizer, self.device)
+        self.reducers = Reducers(model, self.optimizer, self.ranks, self.device)
+        syncs = config.sync_batchnorm and self.ranks.world_size > 1
+        self.batch_norms = BatchNormSync(model) if syncs else None
+        self.drift = DriftCheck(model, self.ranks, config.drift_check_steps)
         self._max_norms = optimizers.build_max_norms(config, self.optimizer)
         self.precision = Precision(config, self.device)
         self.guard = NanGuard(config, model, self.precision, self.device)
@@ -135,18 +132,8 @@ class Trainer(Run, Batches, CoquiNames):
         self._agreed = None
         self.keep_avg_train.drop_unread()
         try:
-            self.open_run()
-            self.build_loaders()
-            with self._signals:
-                if (self.args.skip_train_epoch or self.args.start_with_eval) and self.config.run_eval:
-                    self.evaluate()
-                if self.args.skip_train_epoch:
-                    if self._signal is None:
-                        self.test()
-                elif self._finished() and self._signal is None:
-                    self.c_logger.print("nothing left to train: raise epochs, or max_steps")
-                else:
-                    self._fit()
+            with self.ranks.roll_call.naming_absent():
+                self._start()
             if self._signal is not None:
                 self.callbacks("on_keyboard_interrupt", self)
                 raise SystemExit(128 + self._signal)
@@ -156,6 +143,20 @@ class Trainer(Run, Batches, CoquiNames):
         finally:
             self._signals.received = self._agreed = None
             self.close_run()
+
+    def _start(self) -> None:
+        self.open_run()
+        self.build_loaders()
+        with self._signals:
+            if (self.args.skip_train_epoch or self.args.start_with_eval) and self.config.run_eval:
+                self.evaluate()
+            if self.args.skip_train_epoch:
+                if self._signal is None:
+                    self.test()
+            elif self._finished() and self._signal is None:
+                self.c_logger.print("nothing left to train: raise epochs, or max_steps")
+            else:
+                self._fit()
 
     def _fit(self) -> None:
         while not self._finished():
@@ -210,7 +211,8 @@ class Trainer(Run, Batches, CoquiNames):
         """Train on the batches of this epoch that are not done yet; returns how many batches the epoch has."""
         loader, k = self.get_loader(is_eval=False), self.args.grad_accum_steps
         n = self.epoch_length(loader)
-        updates, done = math.ceil(n / k), math.ceil(self.batches_done / k)
+        done = math.ceil(self.batches_done / k)
+        updates = done + math.ceil(max(0, n - self.batches_done) / k)
         if self.batches_done == 0:
             self.keep_avg_train = self._averages()
         self.c_logger.start_epoch(self.epochs_done, self.config.epochs, updates, done)
@@ -254,11 +256,10 @@ class Trainer(Run, Batches, CoquiNames):
         self.guard.begin(self.total_steps_done + 1, batches)
         self._has_updated = False
         formatted, samples = zip(*map(self.prepare, batches))
-        total, self._agreed = self.ranks.agree(sum(samples), self._signals.received)
-        # the share of the window's samples: their mean, over the ranks too, is what is minimised
-        weights = [n / total for n in samples]
+        agreement = self.ranks.agree(sum(samples), self._signals.received)
         optimize = self._optimize if self.manual is None else self.manual.run
-        outputs = optimize(formatted, samples, weights)
+        outputs = optimize(formatted, samples, agreement)
+        self._agreed = agreement.signal
         self.precision.update()
         self.ranks.broadcast_buffers(self.model)
         if self.ema is not None and self._has_updated:
@@ -268,7 +269,7 @@ class Trainer(Run, Batches, CoquiNames):
         self.callbacks("on_train_step_end", self)
         return formatted[-1], outputs
 
-    def _optimize(self, batches: list[Batch], samples: list[int], weights: list) -> dict[str, Any] | None:
+    def _optimize(self, batches: list[Batch], samples: list[int], agreement: Agreement) -> dict[str, Any] | None:
         """Each optimizer in turn sees all batches of the window, so that accumulating is the same as one larger batch:
         the second optimizer's losses are computed with what the first one has updated.
         """
@@ -278,18 +279,19 @@ class Trainer(Run, Batches, CoquiNames):
             suffix, any_loss = self._suffix(idx), False
             # of several optimizers' weights, only this one's need gradients now
             parameters = optimizers.parameters_of(optimizer) if suffix else None
-            for batch, n, weight, tensors in zip(batches, samples, weights, kept):
-                with self.precision.autocast(), own_tensors(self.model, tensors) if several else nullcontext():
-                    found, losses = call_step(self.model, "train_step", batch, self.criterion[idx], self._index(idx))
-                if not losses:
-                    continue
+            for i, (batch, n, tensors) in enumerate(zip(batches, samples, kept), start=1):
+                step = functools.partial(self._forward, batch, idx, tensors if several else None)
+                with self.over_ranks(n):
+                    found, losses = self.reducers.enter(idx, step, is_last=i == len(batches))
+                    if not losses:
+                        continue
+                    inputs = self.reducers.inputs(idx, parameters)
+                    if inputs is None or any(p.requires_grad for p in inputs):
+                        # the share of the window's samples: their mean, over the ranks too, is what is minimised
+                        weight = n / agreement.samples * self.reducers.scale
+                        self.precision.backward(losses["loss"], weight, inputs)
                 any_loss = True
-                if self.callbacks.hears("before_backward_pass"):
-                    with optimizers.gradients_apart(optimizer) if several else nullcontext():
-                        self.callbacks("before_backward_pass", losses, self.optimizer)
                 self.guard.saw(losses["loss"])
-                if parameters is None or any(p.requires_grad for p in parameters):
-                    self.precision.backward(losses["loss"], weight, parameters)
                 self.keep_avg_train.add(
                     self.total_steps_done + 1, named(losses, self._index(idx), self._loss_owners), n
                 )
@@ -299,10 +301,23 @@ class Trainer(Run, Batches, CoquiNames):
             optimizer.zero_grad(set_to_none=True)
         return outputs
 
+    def _forward(self, batch: Batch, idx: int, tensors: dict[str, Any] | None) -> tuple[Outputs, Losses]:
+        """The model's train_step for an optimizer; with the tensors that earlier passes over this batch have left."""
+        with self.precision.autocast(), nullcontext() if tensors is None else own_tensors(self.model, tensors):
+            outputs, losses = call_step(self.model, "train_step", batch, self.criterion[idx], self._index(idx))
+        if losses and self.callbacks.hears("before_backward_pass"):
+            with nullcontext() if tensors is None else optimizers.gradients_apart(self.optimizer[idx]):
+                self.callbacks("before_backward_pass", losses, self.optimizer)
+        return outputs, losses
+
     def update(self, idx: int, has_loss: bool = True) -> bool:
-        """Sum an optimizer's gradients over the ranks, unscale, measure, check, clip, and step; False if it was not."""
+        """With an optimizer's gradients: unscale, measure, check, clip, and step; False if it was not stepped."""
         optimizer, losses = self.optimizer[idx], self.guard.sum_of_losses()
-        if not self.ranks.sum_gradients(optimizers.parameters_of(optimizer), losses, has_loss):
+        if self.manual is None:
+            losses, has_loss = self.reducers.summed(idx, losses, has_loss)
+        else:
+            has_loss = self.ranks.sum_gradients(optimizers.parameters_of(optimizer), losses, has_loss)
+        if not has_loss:
             return False  # skipped by the model, on all ranks
         self.precision.unscale(optimizer)
         self.callbacks("before_gradient_clipping")
@@ -333,7 +348,7 @@ class Trainer(Run, Batches, CoquiNames):
             batches = itertools.islice(self.rest_of_epoch(loader, 0, 0), 1 if self.args.overfit_batch else None)
             passes = eval_passes(self.model, self.criterion)
             for i, batch in enumerate(batches, start=1):
-                _, self._agreed = self.ranks.agree(0, self._signals.received)
+                self._agreed = self.ranks.agree(0, self._signals.received).signal
                 if self._signal is not None:
                     return None
                 batch, outputs = self.eval_step(batch, i, passes)

@@ -40,7 +40,7 @@
 12. The launcher drops arguments, returns 0 after failures, leaves ranks running, and has a fixed port.
    tests/trainer/test_distribute.py::test_all_arguments_are_passed_on_by_this_interpreter
    tests/trainer/test_distribute.py::test_a_failing_rank_gives_an_exit_code_and_the_first_traceback
-   tests/trainer/test_distribute.py::test_the_other_ranks_are_stopped_within_seconds
+   tests/trainer/test_agent.py::test_a_killed_rank_ends_the_job_and_nothing_is_left
    tests/trainer/test_distribute.py::test_two_launches_at_the_same_time_do_not_collide
 13. Any exception deletes the run's folder and hides the traceback behind sys.exit(1).
    tests/trainer/test_coqui_cases.py::test_an_exception_comes_out_as_it_is_and_the_folder_stays

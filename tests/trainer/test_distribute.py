@@ -2,21 +2,18 @@
 
 import json
 import os
-import signal
-import subprocess
+import re
+import shlex
+import socket
 import sys
-import time
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from trainer import distribute
+from tests.trainer.launching import CPU, ROOT, finish, start
+from trainer import agent, distribute
 
-ROOT = Path(__file__).resolve().parents[2]
-CPU = ["--nproc", "2", "--device", "cpu"]
-
+MEET = (*CPU, "setup.py", "--nnodes", "2", "--rdzv_endpoint", "localhost:29500")
 WRITES_DOWN = """
 import json, os, sys
 rank = os.environ["RANK"]
@@ -32,7 +29,7 @@ from trainer.distributed import Ranks
 args = TrainerArgs()
 ranks = Ranks.from_environment(TrainerConfig(), args)
 ranks.open(torch.device("cpu"))
-total, _ = ranks.agree(float(sys.argv[1]) + ranks.rank)
+total = sum(ranks.gather(float(sys.argv[1]) + ranks.rank))
 with open(f"{sys.argv[1]}_{ranks.rank}.txt", "w") as file:
     file.write(f"{total} {args.group_id} {os.environ['MASTER_PORT']}")
 """
@@ -47,57 +44,6 @@ if ranks.rank == 1:
     raise ValueError("the error that came first")
 ranks.barrier()
 """
-ONE_EXITS = """
-import os, sys, time
-if os.environ["RANK"] == "0":
-    open("sleeping", "w").write(str(os.getpid()))
-    time.sleep(600)
-while not os.path.exists("sleeping"):
-    time.sleep(0.05)
-sys.exit(7)
-"""
-SAVES_ON_CTRL_C = """
-import os, signal, sys, time
-rank = os.environ["RANK"]
-def save(number, frame):
-    time.sleep(0.3)
-    open(f"saved_{rank}", "w").write(str(number))
-    sys.exit(128 + number)
-for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, save)
-open(f"ready_{rank}", "w").close()
-time.sleep(600)
-"""
-
-
-def start(folder: Path, script: str, *arguments: str, **environment: str) -> subprocess.Popen:
-    """Start the launcher in a folder with this script."""
-    (folder / "script.py").write_text(script)
-    variables = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
-    variables.update({"PYTHONPATH": str(ROOT), **environment})
-    command = [sys.executable, "-m", "trainer.distribute", *arguments]
-    return subprocess.Popen(
-        command, cwd=folder, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-
-
-def finish(process: subprocess.Popen, seconds: float = 60) -> tuple[int, str]:
-    """The launcher's exit code, and its stderr; it is killed when it takes too long."""
-    try:
-        _, errors = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGTERM)  # it stops its ranks
-        process.communicate(timeout=20)
-        raise
-    return process.returncode, errors
-
-
-def wait_for(*paths: Path, seconds: float = 60) -> None:
-    """Wait until files are there."""
-    end = time.monotonic() + seconds
-    while not all(path.exists() for path in paths):
-        assert time.monotonic() < end, f"{paths} are not there"
-        time.sleep(0.02)
 
 
 class TestRegressions:
@@ -129,7 +75,7 @@ class TestRegressions:
             MARK="kept",
             OMP_NUM_THREADS="3",
         )
-        code, errors = finish(process)
+        code, _, errors = finish(process)
         assert code == 0, errors
         for rank in range(2):
             found = json.loads((tmp_path / f"rank_{rank}.json").read_text())
@@ -146,61 +92,23 @@ class TestRegressions:
 
     def test_a_failing_rank_gives_an_exit_code_and_the_first_traceback(self, tmp_path):
         process = start(tmp_path, ONE_FAILS, "script.py", *CPU)
-        code, errors = finish(process)
+        code, _, errors = finish(process)
         assert code == 1
-        end = errors[errors.rindex("failed (exit code 1):") - len("rank 1 ") :]
-        assert end.startswith("rank 1 failed")
-        assert "Traceback (most recent call last)" in end
+        _, end = errors.split("rank 1 failed (exit code 1):\n")
+        assert end.startswith("Traceback (most recent call last)")
         assert end.rstrip().endswith("ValueError: the error that came first")
-
-    def test_the_other_ranks_are_stopped_within_seconds(self, tmp_path):
-        process = start(tmp_path, ONE_EXITS, "script.py", *CPU)
-        wait_for(tmp_path / "sleeping")
-        begin = time.monotonic()
-        code, errors = finish(process)
-        assert time.monotonic() - begin < 8
-        assert code == 7
-        assert "rank 1 failed (exit code 7)" in errors
-        with pytest.raises(ProcessLookupError):
-            os.kill(int((tmp_path / "sleeping").read_text()), 0)
 
     def test_two_launches_at_the_same_time_do_not_collide(self, tmp_path):
         names = ("10", "20")
         processes = [start(tmp_path, SUMS, "--script=script.py", *CPU, name) for name in names]
-        for process in processes:
-            code, errors = finish(process)
-            assert code == 0, errors
+        ends = [finish(process) for process in processes]
+        assert [code for code, _, _ in ends] == [0, 0], ends
         found = [[(tmp_path / f"{name}_{rank}.txt").read_text().split() for rank in range(2)] for name in names]
         for name, (first, second) in zip(names, found):
             assert first == second
             assert float(first[0]) == 2 * float(name) + 1
             assert first[1].startswith("group_")
         assert found[0][0][1:] != found[1][0][1:]
-
-
-def test_the_rank_whose_error_is_oldest_is_reported(tmp_path, capsys):
-    failures = {}
-    for rank, age in ((0, 1.0), (1, 2.0), (2, 0.0)):
-        path = tmp_path / f"{rank}.json"
-        path.touch()
-        os.utime(path, (1e9 - age, 1e9 - age))
-        message = {"message": "", "extraInfo": {"py_callstack": f"trace of rank {rank}"}}
-        failures[rank] = SimpleNamespace(error_file=str(path), exitcode=rank + 1, message=message)
-    failures[3] = SimpleNamespace(error_file="<N/A>", exitcode=-9, message="killed")
-    assert distribute._report(failures) == 2
-    assert capsys.readouterr().err == "\nrank 1 failed (exit code 2):\ntrace of rank 1\n"
-    stopped = SimpleNamespace(error_file="<N/A>", exitcode=-15, message="stopped")
-    assert distribute._report({0: stopped, 3: failures[3]}) == 137
-    assert "rank 3 failed (exit code -9):\nkilled" in capsys.readouterr().err
-
-
-def test_ctrl_c_reaches_the_ranks_and_waits_until_they_have_saved(tmp_path):
-    process = start(tmp_path, SAVES_ON_CTRL_C, "script.py", *CPU)
-    wait_for(tmp_path / "ready_0", tmp_path / "ready_1")
-    process.send_signal(signal.SIGINT)
-    code, _ = finish(process)
-    assert code == 130
-    assert [(tmp_path / f"saved_{rank}").read_text() for rank in range(2)] == ["2", "2"]
 
 
 class TestArguments:
@@ -231,15 +139,15 @@ class TestArguments:
             monkeypatch.setenv(name, "x")  # put back after the test
         monkeypatch.delenv("OMP_NUM_THREADS")
         monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(6)), raising=False)
-        monkeypatch.setattr(distribute, "launch", lambda command, nproc: launched.append((command, nproc)) or 4)
+        monkeypatch.setattr(agent, "launch", lambda command, job: launched.append((command, job)) or 4)
         assert distribute.main([*argv, "--device=cpu", "a", "-b"]) == 4
-        assert launched == [(["script.py", "a", "-b"], 2)]
+        [(command, job)] = launched
+        assert (command, job.nproc, job.max_nodes, job.may_restart) == (["script.py", "a", "-b"], 2, 1, False)
         assert (os.environ["OMP_NUM_THREADS"], os.environ["TRAINER_DEVICE"]) == ("3", "cpu")
 
     @pytest.mark.parametrize(
         ("argv", "message"),
         [
-            ([], "no script: give it with --script"),
             (["--lr", "3"], "no script: give it with --script"),
             (["--script", "nowhere.py", "--nproc", "2"], "--script=nowhere.py: there is no such file"),
             (["--nproc", "two", "conftest.py"], "invalid int value: 'two'"),
@@ -247,21 +155,103 @@ class TestArguments:
             (["setup.py", "--nproc", "0", "--device", "cpu"], "--nproc=0: at least 1"),
             (["setup.py", "--device", "cpu"], "--device=cpu: give the number of ranks with --nproc"),
             (["setup.py", "--gpus", "0", "--nproc", "2"], "--gpus=0 with --nproc=2: give one of them"),
+            (["--nproc", "1", "--device", "cpu"], "no script, and one rank: the check needs two or more"),
+            ([*CPU, "setup.py", "--max_restarts", "-1"], "--max_restarts=-1: 0 or more"),
+            ([*CPU, "setup.py", "--log_dir", "setup.py"], "--log_dir=setup.py: is a file"),
+            ([*CPU, "setup.py", "--nnodes", "two"], "--nnodes=two: give a number, or MIN:MAX"),
+            ([*CPU, "setup.py", "--nnodes", "3:2", "--rdzv_endpoint", "a:1"], "--nnodes=3:2: at least 1, and MIN"),
+            ([*CPU, "setup.py", "--nnodes", "0"], "--nnodes=0: at least 1"),
+            ([*CPU, "setup.py", "--nnodes", "2"], "--nnodes=2: give --rdzv_endpoint HOST:PORT too"),
+            ([*CPU, "setup.py", "--node_rank", "1"], "--node_rank=1: goes with --nnodes"),
+            ([*CPU, "setup.py", "--rdzv_endpoint", "node-1"], "--rdzv_endpoint=node-1: give HOST:PORT"),
+            ([*CPU, "setup.py", "--rdzv_endpoint", "node-1:70000"], "--rdzv_endpoint=node-1:70000: give HOST:PORT"),
+            ([*MEET, "--node_rank", "2"], "--node_rank=2: of 2 machines; count from 0"),
+            ([*MEET, "--rdzv_id", "a/b"], "--rdzv_id=a/b: use letters"),
+            ([*MEET, "--rdzv_timeout", "0"], "--rdzv_timeout=0: at least 1 second"),
+            ([*MEET[:-1], "no.such.invalid:29500"], "this machine knows no way to the host"),
         ],
     )
     def test_what_is_wrong_is_told_before_anything_starts(self, argv, message, capsys, monkeypatch):
         monkeypatch.chdir(ROOT)
-        monkeypatch.setattr(distribute, "launch", lambda *_: pytest.fail("it was started"))
+        monkeypatch.setattr(agent, "launch", lambda *_: pytest.fail("it was started"))
         with pytest.raises(SystemExit) as stopped:
             distribute.main(argv)
         assert stopped.value.code == 2
         assert message in capsys.readouterr().err
 
+    def launched(self, monkeypatch, *argv):
+        found = []
+        for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "TRAINER_DEVICE"):
+            monkeypatch.setenv(name, "x")  # put back after the test
+        monkeypatch.setattr(agent, "launch", lambda command, job: found.append((command, job)) or 0)
+        assert distribute.main([*CPU, *argv]) == 0
+        return found[0]
+
+    def test_without_a_script_it_is_the_check(self, monkeypatch):
+        command, job = self.launched(monkeypatch)
+        assert command == ["-m", "trainer.preflight"]
+        assert job.nproc == 2
+
+    def test_several_machines(self, monkeypatch, tmp_path):
+        logs = tmp_path / "a" / "b"
+        arguments = ["--nnodes", "2:4", "--rdzv_endpoint", "127.0.0.1:29500", "--node_rank", "3"]
+        arguments += ["--rdzv_timeout", "7", "--max_restarts", "2", "--log_dir", str(logs)]
+        _, job = self.launched(monkeypatch, *arguments)
+        assert logs.is_dir()
+        assert job == distribute.Job(
+            nproc=2,
+            run_id="127.0.0.1_29500",
+            min_nodes=2,
+            max_nodes=4,
+            endpoint="127.0.0.1:29500",
+            node_rank=3,
+            local_address="127.0.0.1",
+            rdzv_timeout=7,
+            max_restarts=2,
+            log_dir=str(logs),
+        )
+        assert job.may_restart
+        assert self.launched(monkeypatch, "--nnodes=2", "--rdzv_endpoint=[::1]:5", "--rdzv_id=x")[1].run_id == "x"
+
+    def test_the_address_is_that_of_the_way_to_the_endpoint(self, monkeypatch):
+        class Socket(socket.socket):
+            def connect(self, address):
+                pass
+
+            def getsockname(self):
+                return ("10.1.2.3", 40000)
+
+        def address():
+            return self.launched(monkeypatch, "--nnodes=2", "--rdzv_endpoint=192.0.2.1:5")[1].local_address
+
+        monkeypatch.setattr(socket, "socket", Socket)
+        assert address() == "10.1.2.3"
+        # as Debian names a host to itself
+        monkeypatch.setattr(Socket, "getsockname", lambda self: ("127.0.1.1", 40000))
+        assert address() == "192.0.2.1"
+
+    def test_the_commands_in_the_docs_are_right(self, monkeypatch):
+        text = (ROOT / "docs/distributed.md").read_text(encoding="utf8")
+        commands = re.findall(r"^    python -m trainer\.distribute (.*)$", text, flags=re.MULTILINE)
+        launched = []
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.setattr(distribute, "_own_address", lambda host, port: host)
+        monkeypatch.setattr(agent, "launch", lambda command, job: launched.append((command[0], job.nproc)) or 0)
+        for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "TRAINER_DEVICE"):
+            monkeypatch.setenv(name, "0,1")  # put back after the test
+        for command in commands:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+            assert distribute.main(shlex.split(command)) == 0
+        vits, digits = ("recipes/ljspeech/train_vits.py", 2), ("recipes/digits/train_digits.py", 2)
+        assert launched == [vits, vits, digits, ("-m", 2), ("-m", 2), vits]
+
     def test_help_is_the_launchers_until_there_is_a_script(self, capsys):
         with pytest.raises(SystemExit) as stopped:
             distribute.main(["--help"])
         assert stopped.value.code == 0
-        assert "CUDA_VISIBLE_DEVICES" in capsys.readouterr().out
+        shown = capsys.readouterr().out
+        assert [flag for flag in distribute.FLAGS if f"{flag} " not in shown] == []
 
 
 class TestGpus:

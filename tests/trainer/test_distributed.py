@@ -14,7 +14,7 @@ from torch import nn
 
 from tests.trainer.two_ranks import on_two_ranks, wait_for_the_other
 from trainer import TrainerArgs, TrainerConfig, distributed, seed_everything
-from trainer.distributed import Ranks, rank_seed
+from trainer.distributed import Agreement, Ranks, rank_seed
 
 CPU = torch.device("cpu")
 # samples of rank 0 and rank 1 in each update; none of its own: the rank repeats the other's, with weight 0
@@ -53,7 +53,7 @@ def train(ranks: Ranks, updates: list[list[tuple[torch.Tensor, int]]]) -> dict:
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.1)
     gradients, missing = [], []
     for window in updates:
-        total, _ = ranks.agree(sum(n for _, n in window))
+        total = ranks.agree(sum(n for _, n in window)).samples
         for x, n in window:
             (model.loss(x) * (n / total)).backward()
         assert ranks.sum_gradients(model.parameters())
@@ -103,11 +103,15 @@ def ask_who_has_a_loss(ranks: Ranks, rank: int) -> dict:
     return {"nobody": nobody, "after": after, "somebody": (somebody, parameter.grad, extra.item())}
 
 
+def told(agreement: Agreement) -> tuple:
+    return agreement.samples, agreement.signal
+
+
 def exchange(ranks: Ranks, rank: int) -> dict:
     averages = {"sums": {"loss": 1.5 + rank, f"only_{rank}": 2.0}, "weights": {"loss": 4, f"only_{rank}": 1.0}}
     return {
-        "agree": ranks.agree(3.5 * rank + 1),
-        "agree on a signal": ranks.agree(2, 15 if rank == 1 else None),
+        "agree": told(ranks.agree(3.5 * rank + 1)),
+        "agree on a signal": told(ranks.agree(2, 15 if rank == 1 else None)),
         "sum_values": ranks.sum_values(averages),
         "gather": ranks.gather({"rank": rank}),
         "broadcast": ranks.broadcast(f"from {rank}"),
@@ -274,8 +278,8 @@ class TestOneRank:
         ranks = Ranks()
         ranks.open(CPU)
         value, parameter, extra = {"a": 1}, nn.Parameter(torch.ones(2)), torch.ones(1)
-        assert ranks.agree(3, None) == (3, None)
-        assert ranks.agree(3, 2) == (3, 2)
+        assert told(ranks.agree(3, None)) == (3, None)
+        assert told(ranks.agree(3, 2)) == (3, 2)
         assert ranks.sum_gradients([parameter], extra) is True
         assert ranks.sum_gradients([parameter], extra, used=False) is False
         assert parameter.grad is None
@@ -348,14 +352,6 @@ def test_seeds_of_ranks_differ_and_that_of_rank_0_is_the_seed():
     seeds = [rank_seed(seed, rank) for seed in (0, 1) for rank in range(50)]
     assert len(set(seeds)) == 100
     assert all(0 <= seed < 2**32 for seed in seeds)
-
-
-def test_a_sparse_gradient_is_refused(monkeypatch):
-    monkeypatch.setattr(dist, "all_reduce", lambda *args, **kwargs: None)
-    layer = nn.Embedding(4, 2, sparse=True)
-    layer(torch.tensor([1])).sum().backward()
-    with pytest.raises(ValueError, match="sparse=True"):
-        Ranks(0, 2).sum_gradients(layer.parameters())
 
 
 def test_what_ends_a_rank_is_left_for_the_launcher(tmp_path, monkeypatch):

@@ -344,7 +344,7 @@ class TestContinue:
         first.fit()
         trainer = build()
         trainer.open_run()
-        trainer.ranks.rank, before = 1, torch.get_rng_state()
+        trainer.ranks.rank, trainer.ranks.world_size, before = 1, 2, torch.get_rng_state()
         continue_newest(trainer, first.output_path)
         assert torch.equal(torch.get_rng_state(), before)
         assert "the checkpoint holds no random states of rank 1" in caplog.text

@@ -27,6 +27,30 @@ class Manual(Toy):
         return outputs, losses
 
 
+class Normed(Toy):
+    """BatchNorm, in front and behind."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.layer = torch.nn.Sequential(*normed_layers(), torch.nn.Tanh(), torch.nn.Flatten(), torch.nn.Linear(12, 1))
+
+
+class NormedManual(Manual, Normed):
+    """Optimizes by itself."""
+
+
+class NormedGan(ToyGan):
+    """With a generator that has BatchNorm."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.generator = torch.nn.Sequential(*normed_layers(), torch.nn.Flatten(), torch.nn.Linear(12, 1))
+
+
+def normed_layers() -> list:
+    return [torch.nn.Linear(3, 12), torch.nn.Unflatten(1, (4, 3)), torch.nn.BatchNorm1d(4)]
+
+
 class Stopping(Toy):
     """Gets a signal on one rank in the middle of the third update."""
 
@@ -55,6 +79,7 @@ def plain_loaders(size: int) -> dict:
     }
 
 
+SYNC = {"sync_batchnorm": True, "drift_check_steps": 2}
 # of 13 samples in global batches of 4, the last is one sample: rank 1 has none of its own
 CASES = {
     "plain": {},
@@ -64,6 +89,9 @@ CASES = {
     "manual": {"model_class": Manual, "args": {"grad_accum_steps": 2}},
     "plain loaders": {"loaders": True},
     "averaged weights": {"ema_decay": 0.5},
+    "normalized": {"model_class": Normed, **SYNC},
+    "normalized gan": {"model_class": NormedGan, "lr": 0.02, **SYNC},
+    "normalized manual": {"model_class": NormedManual, **SYNC},
 }
 
 

@@ -1,4 +1,4 @@
-"""Running a function in two processes, for the tests of several ranks."""
+"""Running a function in two or more processes, for the tests of several ranks."""
 
 import multiprocessing
 import time
@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 
-def on_two_ranks(folder: Path, work: Callable[[int, Path], Any]) -> list[Any]:
-    """What ``work(rank, folder)`` returns in each of two processes; it must be importable."""
+def on_two_ranks(folder: Path, work: Callable[[int, Path], Any], ranks: int = 2) -> list[Any]:
+    """What ``work(rank, folder)`` returns in each of two processes, or of more; it must be importable."""
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_run, args=(rank, folder, work), daemon=True) for rank in range(2)]
+    processes = [context.Process(target=_run, args=(rank, folder, work), daemon=True) for rank in range(ranks)]
     for process in processes:
         process.start()
     for process in processes:
@@ -22,8 +22,8 @@ def on_two_ranks(folder: Path, work: Callable[[int, Path], Any]) -> list[Any]:
             process.kill()
             process.join()
     problems = [path.read_text() for path in sorted(folder.glob("*.txt"))]
-    assert [process.exitcode for process in processes] == [0, 0], "\n".join(problems)
-    return [torch.load(folder / f"{rank}.pth", weights_only=False) for rank in range(2)]
+    assert [process.exitcode for process in processes] == [0] * ranks, "\n".join(problems)
+    return [torch.load(folder / f"{rank}.pth", weights_only=False) for rank in range(ranks)]
 
 
 def _run(rank: int, folder: Path, work: Callable[[int, Path], Any]) -> None:
