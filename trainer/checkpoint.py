@@ -18,6 +18,7 @@ import torch
 
 from trainer.restore import OPTIONAL_PARTS, best_loss_of, continue_run, is_coquis, start_from
 from trainer.seeding import capture_rng_state
+from trainer.sharded import full, full_state
 
 if TYPE_CHECKING:
     from trainer.trainer import Trainer
@@ -33,7 +34,8 @@ class DamagedError(ValueError):
 def state_of(trainer: "Trainer") -> dict[str, Any]:
     """Everything that a training needs to go on as if it had never stopped; all ranks must call it together.
 
-    Optimizers and schedulers are named by their position; random states by their rank.
+    Optimizers and schedulers are named by their position; random states by their rank. Where the model is sharded, the
+    tensors are whole on rank 0, which writes them, and None on the others.
 
     Raises:
         FloatingPointError: a loss or a weight is not finite: there is nothing worth saving.
@@ -60,7 +62,7 @@ def state_of(trainer: "Trainer") -> dict[str, Any]:
         **{name: part.state_dict() for name, part in parts.items() if part is not None},
     }
     _check_finite(trainer, state)
-    return state
+    return full_state(state, keep=trainer.ranks.is_main) if trainer.shards is not None else state
 
 
 def _check_finite(trainer: "Trainer", state: Mapping[str, Any]) -> None:
@@ -73,7 +75,7 @@ def _check_finite(trainer: "Trainer", state: Mapping[str, Any]) -> None:
         if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
             # buffers may rightly be infinite: attention masks are
             bad = ~tensor.isfinite() if name in parameters else tensor.isnan()
-            pending.setdefault(tensor.device, []).append((label, tensor, bad.sum()))
+            pending.setdefault(tensor.device, []).append((label, tensor, full(bad.sum())))
     for entries in pending.values():
         counts = torch.stack([bad for _, _, bad in entries]).tolist()
         for (label, tensor, _), count in zip(entries, counts):

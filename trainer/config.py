@@ -115,6 +115,11 @@ class TrainerConfig(CheckedConfig):
     early_stopping_min_delta: float = field(0.0, "By how much the target loss must fall to count as better.", min=0)
 
     # several GPUs
+    strategy: str = field(
+        "ddp",
+        "On several ranks: ddp keeps the whole model on each, fsdp a part of it, for models larger than one GPU.",
+        choices=("ddp", "fsdp"),
+    )
     distributed_backend: str = field(
         "auto", "Backend of torch.distributed: auto is nccl on GPUs and gloo on CPUs.", choices=("auto", "nccl", "gloo")
     )

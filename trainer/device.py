@@ -23,6 +23,7 @@ def pick_device(name: str, gpu: int | None = None, local_rank: int | None = None
     Raises:
         ValueError: no such device, with those that are there; or name, gpu and local_rank contradict each other.
     """
+    name = os.environ.get("TRAINER_DEVICE") or name  # the launcher's --device reaches every script this way
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     available = ["cuda"] * bool(gpus) + gpus + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     chosen, source = name, f"device={name!r}"

@@ -25,6 +25,7 @@ from torch import nn
 from trainer.config import TrainerArgs, TrainerConfig
 from trainer.roll_call import RollCall
 from trainer.seeding import seed_generators
+from trainer.sharded import is_sharded
 from trainer.slurm import ranks_of_step
 
 _RANK = 2  # keeps the random streams of ranks apart from those of orders and samples (trainer/data/samplers.py)
@@ -183,6 +184,8 @@ class Ranks:
         if self._owns_group and not failed and dist.is_initialized():
             self.roll_call.leave()
             dist.destroy_process_group()
+            # gloo's threads let go of the last tensors, for which they need Python: not while it shuts down
+            time.sleep(0.1)
         self._is_open = self._owns_group = False
 
     # ---- every update ----
@@ -196,6 +199,14 @@ class Ranks:
         if self.world_size > 1:
             self.roll_call.here()
         return Agreement(self.world_size, samples, signal, self._host_group)
+
+    def highest(self, numbers: list[int]) -> list[int]:
+        """The highest number over the ranks at each position, by one collective between the hosts."""
+        if self.world_size == 1:
+            return [int(number) for number in numbers]
+        tensor = torch.tensor(numbers, dtype=torch.int64)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._host_group)
+        return tensor.tolist()
 
     def sum_gradients(
         self, parameters: Iterable[nn.Parameter], extra: torch.Tensor | None = None, used: bool = True
@@ -245,7 +256,8 @@ class Ranks:
     def broadcast_model(self, model: nn.Module) -> None:
         """Rank 0's parameters and buffers to all ranks; at the start, and after a checkpoint was loaded."""
         if self.world_size > 1:
-            self._broadcast([*model.parameters(), *model.buffers()])
+            whole = [parameter for parameter in model.parameters() if not is_sharded(parameter)]
+            self._broadcast([*whole, *model.buffers()])
 
     def _broadcast(self, tensors: Iterable[torch.Tensor]) -> None:
         with torch.no_grad():

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from trainer.sharded import local, shard_as, unlocal
+
 
 class EMA:
     """Keeps an exponential moving average of all floating-point parameters, on their devices, at least in fp32.
@@ -30,7 +32,11 @@ class EMA:
             raise ValueError(f"ema_decay={decay}: must be in [0, 1], such as 0.999")
         self.decay, self.updates, self._model = decay, 0, model
         self._parameters = [p for p in model.parameters() if p.is_floating_point()]  # a shared one comes once
-        self._averages = [self._wide(p.detach()).clone() for p in self._parameters]
+        self._averages = [self._wide(p).clone() for p in self._weights()]
+
+    def _weights(self) -> list[torch.Tensor]:
+        """The weights; of sharded ones this rank's part, in their memory."""
+        return [local(p.detach()) for p in self._parameters]
 
     @staticmethod
     def _wide(tensor: torch.Tensor) -> torch.Tensor:
@@ -41,14 +47,14 @@ class EMA:
     def reset(self) -> None:
         """Start again from the weights that the model has now, for example those of a checkpoint."""
         self.updates = 0
-        torch._foreach_copy_(self._averages, self._parameters)
+        torch._foreach_copy_(self._averages, self._weights())
 
     @torch.no_grad()
     def update(self) -> None:
         """Move the average towards the model's weights; call it after each update of these."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        torch._foreach_lerp_(self._averages, [self._wide(p) for p in self._parameters], 1 - decay)
+        torch._foreach_lerp_(self._averages, [self._wide(p) for p in self._weights()], 1 - decay)
 
     @contextlib.contextmanager
     def swapped(self) -> Iterator[None]:
@@ -58,21 +64,21 @@ class EMA:
         graph) goes on working. For the length of the block this takes as much memory as the gradients do, which are
         not there between two updates. What the block changes in the weights is lost.
         """
-        own = [p.detach().clone() for p in self._parameters]
+        own = [p.clone() for p in self._weights()]
         try:
             with torch.no_grad():
-                torch._foreach_copy_(self._parameters, self._averages)
+                torch._foreach_copy_(self._weights(), self._averages)
             yield
         finally:
             with torch.no_grad():
-                torch._foreach_copy_(self._parameters, own)
+                torch._foreach_copy_(self._weights(), own)
 
     def state_dict(self) -> dict[str, Any]:
         """``weights``, a whole state dict of the averaged model (with the model's buffers), and ``updates``.
 
         The tensors are not copied: they change with the next update.
         """
-        averages = {id(p): average for p, average in zip(self._parameters, self._averages)}
+        averages = {id(p): unlocal(average, p) for p, average in zip(self._parameters, self._averages)}
         state = self._model.state_dict(keep_vars=True)
         return {"weights": {name: averages.get(id(v), v) for name, v in state.items()}, "updates": self.updates}
 
@@ -86,12 +92,13 @@ class EMA:
         names = {id(p): name for name, p in self._model.named_parameters()}
         names = [names[id(p)] for p in self._parameters]
         weights, problems = state["weights"], []
-        for name, average in zip(names, self._averages):
+        for name, parameter in zip(names, self._parameters):
             if name not in weights:
                 problems.append(f"missing: {name}")
-            elif weights[name].shape != average.shape:
-                problems.append(f"{name}: has shape {list(weights[name].shape)}, the model {list(average.shape)}")
+            elif weights[name].shape != parameter.shape:
+                problems.append(f"{name}: has shape {list(weights[name].shape)}, the model {list(parameter.shape)}")
         if problems:
             raise ValueError("\n  - ".join(["the averaged weights (EMA) are of another model", *problems[:10]]))
         self.updates = state["updates"]
-        torch._foreach_copy_(self._averages, [weights[name] for name in names])
+        found = [local(shard_as(weights[name], p)) for name, p in zip(names, self._parameters)]
+        torch._foreach_copy_(self._averages, found)

@@ -196,6 +196,16 @@ class TrainerModel(nn.Module):
         trainer = trainer if trainer is not None else args[0]
         trainer.manual.backward(loss, **options)
 
+    # ---- optional: several GPUs ----
+
+    def fsdp_modules(self) -> list[nn.Module]:
+        """The modules that ``strategy: fsdp`` gathers one at a time; by default large entries of module lists.
+
+        A module is gathered while it is called, ``module(x)``; its other methods and its parameters cannot be used from
+        outside. Parameters in none of them are gathered for the whole of a step.
+        """
+        raise self._missing("fsdp_modules", "self")
+
     # ---- optional: what is shown ----
 
     def train_log(self, batch: Batch, outputs: dict, logger: "DashboardLogger", steps: int) -> None:

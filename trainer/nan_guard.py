@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from trainer.config import TrainerConfig
 from trainer.precision import Precision
+from trainer.sharded import full, local, sum_over_ranks
 
 logger = logging.getLogger("trainer")
 MAX_OVERFLOWS = 50  # in a row: the loss scale starts at 2^16 and is halved by each
@@ -144,8 +145,10 @@ class NanGuard:
         self._bad = bad if self._bad is None else torch.maximum(self._bad, bad)
         optimizer.found_inf, optimizer.grad_scale = self._bad, None
         named = [(name, p.grad) for name, p in self._model.named_parameters() if p.grad is not None]
-        norms = torch._foreach_norm([gradient for _, gradient in named])
-        values = torch.stack([loss, *(norm.float() for norm in norms)])
+        norms = torch._foreach_norm([local(gradient) for _, gradient in named])
+        # of sharded gradients the sum of their parts' norms, which is finite if all of them are
+        norms = sum_over_ranks(torch.stack([norm.float() for norm in norms]), named[0][1])
+        values = torch.cat([loss.reshape(1), norms])
         on_cuda = values.device.type == "cuda"
         host = torch.empty(values.shape, pin_memory=on_cuda).copy_(values, non_blocking=True)
         copied = torch.cuda.Event() if on_cuda else None
@@ -178,7 +181,7 @@ class NanGuard:
         gradients = [(name, parameter.grad) for name, parameter in parameters if parameter.grad is not None]
         for kind, found in (("weight", parameters), ("gradient of", gradients)):
             for name, tensor in found:
-                if not torch.isfinite(tensor.coalesce().values() if tensor.is_sparse else tensor).all():
+                if full((~torch.isfinite(tensor.coalesce().values() if tensor.is_sparse else tensor)).sum()) > 0:
                     return f"{kind} {name}"
         return None
 

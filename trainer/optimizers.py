@@ -14,6 +14,7 @@ from trainer.checked_config import nearest
 from trainer.config import TrainerConfig
 from trainer.model import TrainerModel, overrides
 from trainer.schedulers import NoamLR, StepwiseGradualLR
+from trainer.sharded import full, is_sharded
 
 UNITS = ("step", "epoch", "evaluation")
 # Adagrad takes fused=True as well, but for CPUs only
@@ -121,6 +122,8 @@ def _fused(name: str, params: dict[str, Any], model: nn.Module, device: torch.de
         return {}
     # complex weights, and sparse gradients, are left to the other kernels
     dense = not any(getattr(module, "sparse", False) for module in model.modules())
+    if name == "SGD" and any(map(is_sharded, model.parameters())):
+        return {}
     return {"fused": True} if dense and all(p.is_floating_point() for p in model.parameters()) else {}
 
 
@@ -347,7 +350,7 @@ def gradient_norm(optimizer: Optimizer) -> torch.Tensor:
     for parameter in parameters:
         if parameter.grad.is_sparse:  # of an embedding: add up the gradients of a row that was used several times
             parameter.grad = parameter.grad.coalesce()
-    return torch.nn.utils.get_total_norm([p.grad.values() if p.grad.is_sparse else p.grad for p in parameters])
+    return full(torch.nn.utils.get_total_norm([p.grad.values() if p.grad.is_sparse else p.grad for p in parameters]))
 
 
 def clip_gradients(optimizer: Optimizer, max_norm: float, norm: torch.Tensor) -> None:

@@ -354,7 +354,7 @@ def main(patience: float = PATIENCE) -> int:
     ranks = Ranks.from_environment(TrainerConfig(), TrainerArgs())
     if ranks.world_size == 1:
         raise ValueError("one rank: start two or more, with python -m trainer.distribute --nproc 2 --device cpu")
-    device = pick_device(os.environ.get("TRAINER_DEVICE") or "auto", None, ranks.local_rank)
+    device = pick_device("auto", None, ranks.local_rank)
     verdicts = run_checks(ranks, device, Board(ranks, patience=patience))
     ok = all(verdict.ok for verdict in verdicts)
     if ranks.is_main:

@@ -4,6 +4,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -14,9 +15,19 @@ from trainer.distributed import Ranks
 from trainer.model import Losses, Outputs
 from trainer.optimizers import parameters_of
 
+if TYPE_CHECKING:
+    from trainer.fsdp import Shards
+
 # which parameters a pass uses may change from pass to pass; gradients that lie in the buckets need not be copied back
 _OPTIONS = {"find_unused_parameters": True, "gradient_as_bucket_view": True}
 Step = Callable[[], tuple[Outputs, Losses]]
+
+
+def build_reducers(
+    shards: "Shards | None", model: nn.Module, optimizers: list[Optimizer], ranks: Ranks, device: torch.device
+) -> "Reducers | Shards":
+    """What sums the gradients over the ranks: the shards of a model, if it is sharded (see fsdp.py)."""
+    return Reducers(model, optimizers, ranks, device) if shards is None else shards.attach(optimizers)
 
 
 class Reducers:

@@ -16,6 +16,7 @@ import torch
 
 from trainer.checked_config import nearest
 from trainer.seeding import restore_rng_state
+from trainer.sharded import full_state
 
 if TYPE_CHECKING:
     from trainer.trainer import Trainer
@@ -154,7 +155,7 @@ def start_from(trainer: "Trainer", state: Mapping[str, Any], source: str | Path)
     Raises:
         ValueError: nothing fits, or a word of ``reinit_layers`` is in no name; nothing is loaded.
     """
-    own, words = trainer.model.state_dict(), trainer.config.reinit_layers or []
+    own, words = full_state(trainer.model.state_dict()), trainer.config.reinit_layers or []
     for word in words:
         if not any(word in name for name in own):
             raise ValueError(f"reinit_layers={word!r}: in no parameter's name{nearest(word, own)}")

@@ -248,19 +248,27 @@ class Run:
 
     def test(self) -> None:
         """Call the model's test_run and test_log, if it has them."""
-        if not overrides(self.model, "test_run") or not self.ranks.is_main:
+        if not overrides(self.model, "test_run") or not (self.ranks.is_main or self.shards):
             return
-        with self._evaluating(torch.no_grad):  # what is made in inference mode cannot be used in training
-            outputs = self.model.test_run(self)
-            if overrides(self.model, "test_log"):
-                self.model.test_log(outputs, self.dashboard_logger, self.total_steps_done)
+        # what is made in inference mode cannot be used in training
+        with self._evaluating(torch.no_grad), self.gathered():
+            if self.ranks.is_main:
+                outputs = self.model.test_run(self)
+                if overrides(self.model, "test_log"):
+                    self.model.test_log(outputs, self.dashboard_logger, self.total_steps_done)
         self.dashboard_logger.flush()
+
+    def gathered(self) -> contextlib.AbstractContextManager:
+        """Inside the block rank 0 has the whole model; all ranks must enter."""
+        return contextlib.nullcontext() if self.shards is None else self.shards.gathered()
 
     def show(self, hook: str, batch: Any, outputs: dict[str, Any]) -> None:
         """Call the model's train_log or eval_log, if it has it."""
-        if overrides(self.model, hook) and self.ranks.is_main:
+        if overrides(self.model, hook) and (self.ranks.is_main or self.shards):
             try:
-                with torch.no_grad(), forked_rng(self._seed):
+                with torch.no_grad(), forked_rng(self._seed), self.gathered():
+                    if not self.ranks.is_main:
+                        return
                     outputs = {name: _in_full_precision(value) for name, value in outputs.items()}
                     getattr(self.model, hook)(batch, outputs, self.dashboard_logger, self.total_steps_done)
             except NotImplementedError as error:

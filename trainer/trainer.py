@@ -3,7 +3,6 @@
 import functools
 import itertools
 import math
-import os
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -25,13 +24,14 @@ from trainer.distributed import Agreement, Ranks, rank_seed
 from trainer.drift import DriftCheck
 from trainer.early_stopping import EarlyStopping
 from trainer.ema import EMA
+from trainer.fsdp import shard
 from trainer.loggers.base import DashboardLogger
 from trainer.loggers.console import ConsoleLogger, StepClock
 from trainer.manual import ManualOptimization
 from trainer.model import Batch, Losses, Outputs, TrainerModel, call_step, eval_passes, overrides, own_tensors
 from trainer.nan_guard import NanGuard
 from trainer.precision import Precision
-from trainer.reducer import Reducers
+from trainer.reducer import build_reducers
 from trainer.run import Run, check_types
 from trainer.seeding import set_backend_flags
 from trainer.signals import StopSignals
@@ -82,20 +82,19 @@ class Trainer(Run, Batches, CoquiNames):
         self.args, self.config = args, config
         self.ranks = Ranks.from_environment(config, args)
         self._seed = rank_seed(config.training_seed, self.ranks.rank)
-        local_rank = self.ranks.local_rank if self.ranks.world_size > 1 else None
-        # the launcher's --device reaches every script this way
-        name = os.environ.get("TRAINER_DEVICE") or config.device
-        self.device = pick_device(name, gpu if args.gpu is None else args.gpu, local_rank)
+        several = self.ranks.world_size > 1
+        local_rank = self.ranks.local_rank if several else None
+        self.device = pick_device(config.device, gpu if args.gpu is None else args.gpu, local_rank)
         set_backend_flags(config)
-        self.model = model.to(self.device)
+        self.shards = shard(model, config, self.ranks, self.device)
+        self.model = model if self.shards else model.to(self.device)
         self.take_data(train_samples, eval_samples, train_loader, eval_loader)
         self.optimizer = optimizers.build_optimizers(model, config, self.device)
         self.scheduler = optimizers.build_schedulers(model, config, self.optimizer)
         self.scheduler_units = optimizers.scheduler_units(config, self.scheduler)
         self.criterion = optimizers.build_criteria(model, self.optimizer, self.device)
-        self.reducers = Reducers(model, self.optimizer, self.ranks, self.device)
-        syncs = config.sync_batchnorm and self.ranks.world_size > 1
-        self.batch_norms = BatchNormSync(model) if syncs else None
+        self.reducers = build_reducers(self.shards, model, self.optimizer, self.ranks, self.device)
+        self.batch_norms = BatchNormSync(model) if config.sync_batchnorm and several else None
         self.drift = DriftCheck(model, self.ranks, config.drift_check_steps)
         self._max_norms = optimizers.build_max_norms(config, self.optimizer)
         self.precision = Precision(config, self.device)
@@ -111,7 +110,7 @@ class Trainer(Run, Batches, CoquiNames):
         self.total_steps_done = 0  # updates
         self.epochs_done, self.batches_done = 0, 0  # batches of the epoch under way; all, while it is evaluated
         self.best_loss = {"train_loss": math.inf, "eval_loss": math.inf if config.run_eval else None}
-        gather = self.ranks.gather if self.ranks.world_size > 1 else None
+        gather = self.ranks.gather if several else None
         policy = "raise" if config.nan_policy == "raise" else "leave out"
         self._averages = functools.partial(Averages, not_finite=policy, gather=gather)
         self.keep_avg_train, self.keep_avg_eval = self._averages(), self._averages()
@@ -241,7 +240,8 @@ class Trainer(Run, Batches, CoquiNames):
         self.callbacks("on_train_epoch_end", self)
         self.dashboard_logger.train_epoch_stats(self.total_steps_done, self.keep_avg_train.means)
         if self.config.model_param_stats:
-            self.dashboard_logger.model_weights(self.model, self.total_steps_done)
+            with self.gathered():
+                self.dashboard_logger.model_weights(self.model, self.total_steps_done)
         return n
 
     def train_step(self, batches: list[Any]) -> tuple[Batch, dict[str, Any] | None]:
