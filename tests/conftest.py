@@ -1,6 +1,7 @@
 """Fixtures that several test folders share."""
 
 import os
+import signal
 from pathlib import Path
 
 # Before torch is imported: the tests' tensors are tiny, and two threads that wait for each other on a busy machine are
@@ -9,6 +10,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
+
+# whoever starts the tests in the background, or under nohup, has these ignored, and child processes inherit it
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = Path(os.environ.get("TRAINER_SHARED_DATA", ROOT.parent / "shared" / "data"))

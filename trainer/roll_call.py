@@ -50,7 +50,8 @@ class RollCall:
         try:
             yield
         except Exception as error:
-            absent = self._absent(waits="timed out" in str(error).lower())
+            text = str(error).lower()
+            absent = self._absent(waits="timed out" in text or "timeout" in text)  # gloo says the one or the other
             if not absent:
                 raise
             names = f"rank{'s' if len(absent) > 1 else ''} {', '.join(map(str, absent))}"

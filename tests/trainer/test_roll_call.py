@@ -41,6 +41,10 @@ class TestNamingAbsent:
         with roll.naming_absent():
             raise RuntimeError(TIMED_OUT)
 
+    def test_what_gloo_says_when_another_collective_timed_out_before(self, store):
+        with pytest.raises(TimeoutError, match="^rank 1 did not answer"), call(store, 0, 2).naming_absent():
+            raise RuntimeError("Application timeout caused pair closure")
+
     def test_others_that_give_up_a_little_later_are_not_named(self, store):
         late = threading.Timer(0.2, store.set, ("gave up/1", ""))
         late.start()
