@@ -42,7 +42,7 @@ class TestNamingAbsent:
             raise RuntimeError(TIMED_OUT)
 
     def test_what_gloo_says_when_another_collective_timed_out_before(self, store):
-        with pytest.raises(TimeoutError, match="^rank 1 did not answer"), call(store, 0, 2).naming_absent():
+        with pytest.raises(TimeoutError, match=r"^rank 1 did not answer"), call(store, 0, 2).naming_absent():
             raise RuntimeError("Application timeout caused pair closure")
 
     def test_others_that_give_up_a_little_later_are_not_named(self, store):
