@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from torch.distributed import DistError
 from torch.distributed.elastic.agent.server import WorkerGroup, WorkerSpec, WorkerState
@@ -42,6 +42,7 @@ _TO_JOIN = 30  # seconds, when the machines gather anew: the ranks save if they 
 _TO_STOP = 5  # seconds, after a failure
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _LAST_LINES = 20
+_ONE_AT_A_TIME = threading.Lock()  # a long line is written in pieces, and both streams may be one terminal
 
 
 class RankLogs(LogsSpecs):
@@ -82,6 +83,15 @@ class Agent(LocalElasticAgent):
     def __init__(self, spec: WorkerSpec, logs: RankLogs) -> None:
         super().__init__(spec, logs, log_line_prefix_template="[rank ${rank}] ")
         self.ended_first: set[int] = set()
+        self.logs, self.consoles = logs, (WholeLines(sys.stdout), WholeLines(sys.stderr))
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        # torch shows what the ranks print on what it finds there
+        with contextlib.redirect_stdout(self.consoles[0]), contextlib.redirect_stderr(self.consoles[1]):
+            started = super()._start_workers(worker_group)
+        ranks, size = [worker.global_rank for worker in worker_group.workers], worker_group.workers[0].world_size
+        say(f"started rank {', '.join(map(str, ranks))} of {size}; what they print is kept in {self.logs.newest}")
+        return started
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> Any:
         # looked at here first: torch would give the others 30 s
@@ -118,8 +128,9 @@ class Agent(LocalElasticAgent):
                 self._stop(signal.SIGTERM, _TO_STOP)
         else:
             say(f"{death_sig.name}: the ranks have {_TO_SAVE} s to save; a second signal does not wait for them")
-            # nobody handles SIGHUP, which comes when the terminal is closed
-            self._stop(signal.SIGTERM if death_sig == signal.SIGHUP else death_sig, _TO_SAVE)
+            # nobody handles SIGHUP, which comes when the terminal is closed, and SIGQUIT
+            unknown = death_sig in (signal.SIGHUP, signal.SIGQUIT)
+            self._stop(signal.SIGTERM if unknown else death_sig, _TO_SAVE)
 
     def _stop(self, number: signal.Signals, seconds: int) -> None:
         """Send a signal, and SIGKILL after a time; nothing is left of a rank that did not end with 0."""
@@ -152,9 +163,36 @@ class Agent(LocalElasticAgent):
         time.sleep(2)  # until the others have seen it too
 
 
+class WholeLines:
+    """A console on which the lines of several ranks do not mix: what does not end a line waits for the rest of it.
+
+    Args:
+        stream: where the lines go.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self._begun = stream, {}
+
+    def write(self, text: str) -> None:
+        """Show what torch has read of a rank's output, behind its rank; a part of a line is kept."""
+        rank, _, part = text.partition("] ")
+        line = self._begun.pop(rank, "") + part
+        if line.endswith("\n"):
+            with _ONE_AT_A_TIME:
+                self._stream.write(f"{rank}] {line}")
+        else:
+            self._begun[rank] = line
+
+    def finish(self) -> None:
+        """Show last lines that have no end."""
+        for rank, line in self._begun.items():
+            self._stream.write(f"{rank}] {line}\n")
+
+
 def say(text: str) -> None:
     """A line of the launcher's own on the console."""
-    print(text, file=sys.stderr, flush=True)
+    with _ONE_AT_A_TIME:
+        print(text, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -199,7 +237,6 @@ def launch(command: list[str], job: "Job") -> int:
             machines = "-".join(str(n) for n in sorted({job.min_nodes, job.max_nodes}))
             say(f"waiting for {machines} machines at {job.endpoint}, {job.rdzv_timeout} s at most")
         rendezvous = _join(job)
-        say(f"starting {job.nproc} ranks here; what they print is kept in {folder}")
         return _run(command, job, rendezvous, logs)
     except (SignalException, KeyboardInterrupt) as error:
         return 128 + getattr(error, "sigval", signal.SIGINT)
@@ -214,7 +251,8 @@ def _prepare_streams() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(line_buffering=True)
     if "LOGLEVEL" not in os.environ:
-        for name in ("multiprocessing.api", "agent.server.api", "rendezvous.dynamic_rendezvous"):
+        noisy = ("multiprocessing.api", "multiprocessing.tail_log", "agent.server.api", "rendezvous.dynamic_rendezvous")
+        for name in noisy:
             logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
 
 
@@ -247,7 +285,9 @@ def _join(job: "Job") -> RendezvousHandler:
     thread.start()
     thread.join(job.rdzv_timeout + _TO_STOP)
     if not found:
-        raise RendezvousConnectionError(f"no answer within {job.rdzv_timeout} s; something else may listen there")
+        raise RendezvousConnectionError(
+            f"no answer within {job.rdzv_timeout} s; nothing listens there, or something else"
+        )
     if isinstance(found[0], RendezvousError):
         raise found[0]
     return found[0]
@@ -273,6 +313,9 @@ def _run(command: list[str], job: "Job", rendezvous: RendezvousHandler, logs: Ra
     except BaseException:
         rendezvous.shutdown()
         raise
+    finally:
+        for console in agent.consoles:
+            console.finish()
     rendezvous.shutdown()  # the other machines hear that this one has ended
     if not result.is_failed():
         return 0

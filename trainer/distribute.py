@@ -11,9 +11,11 @@ ranks, which save and exit. docs/distributed.md tells the rest.
 """
 
 import argparse
+import difflib
 import ipaddress
 import os
 import re
+import shlex
 import socket
 import sys
 import time
@@ -79,9 +81,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.script is None and rest and not rest[0].startswith("-"):
         options.script = rest.pop(0)
     if options.script is None and rest:
-        parser.error(f"no script: give it with --script, or as the first argument, before {rest[0]}")
+        near = difflib.get_close_matches(rest[0].partition("=")[0], FLAGS, 1)
+        hint = f"; or did you mean {near[0]}?" if near else ""
+        parser.error(f"no script: give it with --script, or as the first argument, before {rest[0]}{hint}")
     if options.script is not None and not Path(options.script).is_file():
         parser.error(f"--script={options.script}: there is no such file (from {Path.cwd()})")
+    # connections that are lost are told in words, not by torch's C++ backtraces
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         nproc, environment = plan(options.gpus, options.nproc, options.device)
         job = make_job(options, nproc)
@@ -90,6 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.script is None and nproc * job.max_nodes == 1:
         parser.error("no script, and one rank: the check needs two or more, such as --nproc 2 --device cpu")
     os.environ.update(environment)
+    os.environ["TRAINER_LAUNCHER"] = shlex.join(["python", "-m", "trainer.distribute", *_without_script(own)])
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // nproc)))
     from trainer import agent  # heavy: --help and wrong arguments come without torch
@@ -111,7 +118,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--script", help="the training script; or the first argument")
     parser.add_argument("--gpus", help="GPUs to use: 0,1 or all (default); of CUDA_VISIBLE_DEVICES, if that is set")
     parser.add_argument("--nproc", type=int, help="number of ranks on this machine; on GPUs the first N are used")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="what the ranks train on")
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="what the ranks train on (default: cuda)"
+    )
     parser.add_argument(
         "--log_dir", help="where a folder for the output of each rank is made (default: that of temporary files)"
     )
@@ -129,9 +138,8 @@ def _add_machines(parser: argparse.ArgumentParser) -> None:
     several = parser.add_argument_group("several machines", "Start the same command on each of them.")
     several.add_argument(
         "--nnodes",
-        default="1",
         help="number of machines: N, or MIN:MAX to start with those of MAX "
-        "that are there, if at least MIN are (default: %(default)s)",
+        "that are there, if at least MIN are (default: 1)",
     )
     several.add_argument("--rdzv_endpoint", metavar="HOST:PORT", help="where they meet: one of them, and a free port")
     several.add_argument(
@@ -148,6 +156,15 @@ def _add_machines(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _without_script(own: Sequence[str]) -> list[str]:
+    """The launcher's own arguments without ``--script SCRIPT``."""
+    words = list(own)
+    if "--script" in words:
+        at = words.index("--script")
+        del words[at : at + 2]
+    return [word for word in words if not word.startswith("--script=")]
+
+
 def make_job(options: argparse.Namespace, nproc: int) -> Job:
     """What the options ask for.
 
@@ -161,9 +178,12 @@ def make_job(options: argparse.Namespace, nproc: int) -> Job:
     if options.log_dir is not None:
         if Path(options.log_dir).is_file():
             raise ValueError(f"--log_dir={options.log_dir}: is a file; give a folder")
-        Path(options.log_dir).mkdir(parents=True, exist_ok=True)
+        try:
+            Path(options.log_dir).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--log_dir={options.log_dir}: {error.strerror}; give a folder") from error
     job = Job(nproc, options.rdzv_id or "", max_restarts=options.max_restarts, log_dir=options.log_dir)
-    if (found := re.fullmatch(r"(\d+)(?::(\d+))?", options.nnodes)) is None:
+    if (found := re.fullmatch(r"(\d+)(?::(\d+))?", options.nnodes or "1")) is None:
         raise ValueError(f"--nnodes={options.nnodes}: give a number, or MIN:MAX")
     job.min_nodes, job.max_nodes = int(found[1]), int(found[2] or found[1])
     if not 1 <= job.min_nodes <= job.max_nodes:
@@ -173,8 +193,9 @@ def make_job(options: argparse.Namespace, nproc: int) -> Job:
         return job
     if job.max_nodes > 1:
         raise ValueError(f"--nnodes={options.nnodes}: give --rdzv_endpoint HOST:PORT too, where the machines meet")
-    if options.node_rank is not None:
-        raise ValueError(f"--node_rank={options.node_rank}: goes with --nnodes and --rdzv_endpoint")
+    for name in ("node_rank", "rdzv_id"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name}={getattr(options, name)}: goes with --nnodes and --rdzv_endpoint")
     job.run_id = job.run_id or f"group_{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:8]}"
     return job
 
@@ -188,6 +209,8 @@ def _meet_others(job: Job, options: argparse.Namespace) -> None:
         raise ValueError(f"--node_rank={options.node_rank}: of {job.max_nodes} machines; count from 0")
     if options.rdzv_timeout < 1:
         raise ValueError(f"--rdzv_timeout={options.rdzv_timeout}: at least 1 second")
+    if options.nnodes is None:
+        raise ValueError(f"--rdzv_endpoint={options.rdzv_endpoint}: give --nnodes too, the number of machines")
     job.endpoint, job.node_rank, job.rdzv_timeout = options.rdzv_endpoint, options.node_rank, options.rdzv_timeout
     job.run_id = job.run_id or re.sub(r"[^\w.-]", "_", job.endpoint)
     job.local_address = _own_address(host.strip("[]"), int(port))

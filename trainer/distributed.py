@@ -10,7 +10,9 @@ import contextlib
 import datetime
 import json
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterable, Iterator
@@ -91,6 +93,7 @@ class Ranks:
     """
 
     _store: dist.Store | None = None  # of the process's group, if a Trainer has opened it
+    _has_a_launcher = False  # and is told what ends this process
 
     def __init__(
         self,
@@ -174,7 +177,10 @@ class Ranks:
         self.roll_call.store = Ranks._store
         if dist.get_backend() != "gloo":
             self._host_group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=self._timeout))
-        _record_what_ends_the_process()
+        if not Ranks._has_a_launcher:
+            Ranks._has_a_launcher = True
+            _record_what_ends_the_process()
+            _end_with_the_launcher()
         self._is_open = True
 
     def close(self) -> None:
@@ -350,6 +356,20 @@ def _flattened(tensors: list[torch.Tensor]) -> Iterator[torch.Tensor]:
     yield flat
     sizes = [tensor.numel() for tensor in tensors]
     torch._foreach_copy_(tensors, [part.view(tensor.shape) for part, tensor in zip(flat.split(sizes), tensors)])
+
+
+def _end_with_the_launcher() -> None:
+    """Save and exit, as after SIGTERM, when the launcher is killed: nobody else would stop this rank, or hear it."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        # Linux's PR_SET_PDEATHSIG comes once for each thread of the launcher: the second would not let this rank save
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if "TRAINER_LAUNCHER" in os.environ:
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def _record_what_ends_the_process() -> None:

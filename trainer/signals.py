@@ -25,8 +25,10 @@ class StopSignals:
         self._restore()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            self._restore()
+            signal.raise_signal(number)
         self.received = number
-        self._restore()
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

@@ -40,7 +40,8 @@ def main() -> None:
     )
     trainer.fit()
     speak = ROOT / "recipes" / "ljspeech" / "speak_vits.py"
-    print(f'let it speak: python {speak} {trainer.output_path}/best_model.pth "What shall I say?" speech.wav')
+    if trainer.ranks.is_main:
+        print(f'let it speak: python {speak} {trainer.output_path}/best_model.pth "What shall I say?" speech.wav')
 
 
 if __name__ == "__main__":

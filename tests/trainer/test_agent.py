@@ -1,5 +1,6 @@
 """The launcher and what becomes of its ranks: failures, hangs, signals, logs, restarts, several machines."""
 
+import io
 import os
 import re
 import signal
@@ -68,7 +69,7 @@ def test_a_killed_rank_ends_the_job_and_nothing_is_left(tmp_path):
     time.sleep(0.2)  # until the system has cleared away what was killed
     assert [pid for pid in pids if runs(pid)] == []
     # each line once, with its rank; the last one too, and in the file of the rank
-    assert sorted(output.split("\n")) == [
+    assert sorted(output.splitlines()) == [
         "[rank 0] first line of 0",
         "[rank 1] first line of 1",
         "[rank 1] last line of 1",
@@ -89,6 +90,16 @@ def test_restarts_are_counted_and_the_last_failure_is_told(tmp_path):
         assert output.count(f"[rank 1] attempt {attempt} of 1\n") == 1
         [file] = (tmp_path / "logs").glob(f"group_*/attempt_{attempt}/rank_1.err")
         assert file.read_text() == "why it failed\n"
+
+
+def test_lines_of_ranks_do_not_mix():
+    stream = io.StringIO()
+    console = agent.WholeLines(stream)
+    for part in ("[rank 0] a", "[rank 1] one\n", "[rank 0] b] c\n", "[rank 1] no end"):
+        console.write(part)
+    assert stream.getvalue() == "[rank 1] one\n[rank 0] ab] c\n"
+    console.finish()
+    assert stream.getvalue().endswith("c\n[rank 1] no end\n")
 
 
 class TestSignals:
@@ -167,7 +178,7 @@ class TestSeveralMachines:
         assert f"--rdzv_endpoint=localhost:{port}: the port is taken on this machine" in hosts
         # somebody listens there, who says nothing
         assert f"--rdzv_endpoint=localhost:{port}: cannot be reached" in joins
-        assert "no answer within 2 s; something else may listen there" in joins
+        assert "no answer in 2 s; nothing listens there, or something else" in joins
         assert "Traceback" not in joins
 
     def test_the_one_that_hosts_waits_for_the_other(self, tmp_path):

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from tests.trainer.launching import CPU, finish, start
+from tests.trainer.launching import CPU, finish, runs, start
 
 TIMEOUT = 6  # [s] that ranks wait for each other
 SCRIPT = f"""
@@ -29,8 +29,10 @@ def this_call_never_ends():
     while True:
         time.sleep(1)
 
+if "forever" in sys.argv:
+    open("pid_" + os.environ["RANK"], "w").write(str(os.getpid()))
 settings = {{"distributed_timeout": {TIMEOUT}, "drift_check_steps": 3, "output_path": "output"}}
-build(Faulty, train=40, batch_size=2, epochs=2, **settings).fit()
+build(Faulty, train=40, batch_size=2, epochs=10**5 if "forever" in sys.argv else 2, **settings).fit()
 """
 
 
@@ -63,3 +65,23 @@ def test_weights_that_have_drifted_apart_are_named(ends):
     code, _, errors = ends["drift"]
     assert code == 1
     assert "RuntimeError: step 6: weight layer.bias differs between ranks (rank 1 from rank 0)" in errors
+
+
+def test_ranks_whose_launcher_is_killed_save_and_exit(tmp_path):
+    process = start(tmp_path, SCRIPT, "script.py", *CPU, "forever")
+    for line in process.stdout:
+        if "step 25:" in line:
+            break
+    process.kill()
+    pids = [int((tmp_path / f"pid_{rank}").read_text()) for rank in range(2)]
+    end = time.monotonic() + 20
+    while any(map(runs, pids)) and time.monotonic() < end:
+        time.sleep(0.1)
+    process.communicate()
+    assert not any(map(runs, pids))
+    [folder] = (tmp_path / "output").iterdir()
+    assert len(list(folder.glob("checkpoint_*.pth"))) == 1
+    # the printed command starts as many ranks again
+    log = (folder / "trainer_0_log.txt").read_text()
+    command = f"python -m trainer.distribute {' '.join(CPU)} script.py --continue_path {folder.relative_to(tmp_path)}"
+    assert f"continue it: {command}" in log

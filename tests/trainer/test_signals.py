@@ -95,3 +95,19 @@ def test_second_sigterm_ends_the_process():
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout) == (-signal.SIGTERM, f"first {int(signal.SIGTERM)}\n")
+
+
+BOTH_AT_ONCE = """
+import signal
+from trainer.signals import StopSignals
+with StopSignals():
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
+    signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGTERM)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT, signal.SIGTERM])
+"""
+
+
+def test_two_signals_at_once():
+    done = subprocess.run([sys.executable, "-c", BOTH_AT_ONCE], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (-signal.SIGTERM, "")

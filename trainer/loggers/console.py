@@ -2,6 +2,7 @@
 
 import datetime
 import logging
+import os
 import shlex
 import sys
 import time
@@ -105,7 +106,8 @@ class ConsoleLogger:
         self.print(f"run folder: {folder}")
         self.print(f"look at it:  tensorboard --logdir {shlex.quote(str(folder))}")
         if can_continue:
-            self.print(f"continue it: {shlex.join(['python', sys.argv[0], '--continue_path', str(folder)])}")
+            launcher = os.environ.get("TRAINER_LAUNCHER", "python")  # with as many ranks as before
+            self.print(f"continue it: {launcher} {shlex.join([sys.argv[0], '--continue_path', str(folder)])}")
 
     def start_epoch(self, epoch: int, epochs: int, updates: int, done: int) -> None:
         """An epoch of ``updates`` updates begins, ``done`` of which were made before the run was continued."""
