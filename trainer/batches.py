@@ -47,7 +47,7 @@ class Batches:
         if not self.args.skip_train_epoch:
             self.get_loader(is_eval=False)
         if self.config.run_eval and not self.args.overfit_batch:
-            self.get_loader(is_eval=True)
+            self.epoch_length(self.get_loader(is_eval=True))  # which compares the ranks' data
 
     def get_loader(self, is_eval: bool) -> DataLoader:
         """The training or evaluation loader: the one handed over, else the model's, built once."""
@@ -56,6 +56,9 @@ class Batches:
         if loader is None:
             loader = self._new_loader(is_eval)
         loader = shard(loader, self.ranks.rank, self.ranks.world_size, self.config.training_seed)
+        if is_eval and loader is self.train_loader and getattr(loader, "persistent_workers", False):
+            loader = copy.copy(loader)  # one set of workers cannot read an evaluation in the middle of an epoch
+            vars(loader)["_iterator"] = None
         setattr(self, name, loader)
         if not is_eval:
             self._find_place()
@@ -78,8 +81,17 @@ class Batches:
             raise ValueError(f"{name}=None, and get_data_loader needs them ({error}): {remedy}") from error
 
     def epoch_length(self, loader: DataLoader) -> int:
-        """Batches of the epoch under way, on the rank that has most of them."""
-        return max(self.ranks.gather(len(loader)))
+        """Batches of the epoch under way, on the rank that has most of them.
+
+        Raises:
+            ValueError: the Trainer splits the data set, and ranks have different ones.
+        """
+        lengths = self.ranks.gather(len(loader))
+        sampler = getattr(loader, "batch_sampler", None)
+        is_split_here = isinstance(sampler, RankedBatchSampler) and not isinstance(sampler, OwnBatches)
+        if is_split_here and len(set(lengths)) > 1:
+            raise ValueError(f"the ranks have {lengths} batches: give all of them the same data set")
+        return max(lengths)
 
     def rest_of_epoch(self, loader: DataLoader, epoch: int, start: int) -> Iterator[Any]:
         """The batches of an epoch from ``start`` on."""

@@ -127,6 +127,10 @@ class TrainerConfig(CheckedConfig):
     distributed_timeout: float = field(
         1800.0, "How long a rank waits for the others; then the training ends, naming those that hang.", unit="s", min=1
     )
+    overlap_gradients: bool = field(
+        True,
+        "Sum gradients over the ranks during the backward pass; False after it, for reentrant checkpointing of layers.",
+    )
     sync_batchnorm: bool = field(False, "Compute BatchNorm's statistics over the batches of all ranks.")
     drift_check_steps: int | None = field(
         1000,

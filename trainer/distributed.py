@@ -233,7 +233,7 @@ class Ranks:
         """
         if self.world_size == 1:
             return used
-        parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        parameters = list(parameters)  # frozen ones too: which are may differ between ranks
         present = torch.tensor([used, *(p.grad is not None for p in parameters)], dtype=torch.uint8)
         dist.all_reduce(present, dist.ReduceOp.MAX, group=self._host_group)
         used, *present = present.tolist()
@@ -253,9 +253,12 @@ class Ranks:
         return True
 
     def broadcast_buffers(self, model: nn.Module) -> None:
-        """Rank 0's buffers (BatchNorm's statistics) to all ranks; after every update, as DDP does before it."""
+        """Rank 0's persistent buffers (BatchNorm's statistics) to all ranks, after every update.
+
+        What a state dict leaves out is a cache, such as positions up to the longest batch that a rank has seen.
+        """
         if self.world_size > 1:
-            self._broadcast(model.buffers())
+            self._broadcast(_persistent_buffers(model))
 
     # ---- now and then ----
 
@@ -324,6 +327,16 @@ def _whole_number(name: str, text: str) -> int:
     if not text.isdecimal():
         raise ValueError(f"{name}={text!r}: must be a whole number")
     return int(text)
+
+
+def _persistent_buffers(model: nn.Module) -> list[torch.Tensor]:
+    found = {
+        id(buffer): buffer  # a shared one comes once
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    }
+    return list(found.values())
 
 
 def _sum_nested(values: list[Any]) -> Any:

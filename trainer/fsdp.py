@@ -197,6 +197,9 @@ class Shards:
 
     # ---- every update: what Reducers do for whole models ----
 
+    def begin(self) -> None:
+        """As Reducers.begin; there is nothing to forget."""
+
     def enter(self, idx: int, step: Callable[[], Any], is_last: bool) -> Any:
         """Run an optimizer's step for one batch of the window; every backward pass sums its gradients.
 

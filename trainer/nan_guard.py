@@ -44,7 +44,15 @@ class NanGuard:
         reads_are_free: the host and the device are one.
     """
 
-    def __init__(self, config: TrainerConfig, model: nn.Module, precision: Precision, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: TrainerConfig,
+        model: nn.Module,
+        precision: Precision,
+        device: torch.device,
+        in_step: bool = False,
+    ) -> None:
+        self._in_step = in_step
         self._skips, self._limit = config.nan_policy == "skip", config.nan_skip_limit
         self._model, self._precision, self._device = model, precision, device
         self.reads_are_free = device.type == "cpu"
@@ -161,8 +169,9 @@ class NanGuard:
         # more than four would keep too many batches alive; the device has work for long enough
         while self._pending:
             first = self._pending[0]
-            if first.copied is not None and not first.copied.query():
-                if not wait and len(self._pending) <= 4:
+            if first.copied is not None:
+                # all ranks have to hear of it in the same update, whichever device is ahead
+                if not wait and len(self._pending) <= 4 and (self._in_step or not first.copied.query()):
                     return
                 first.copied.synchronize()
             self._pending.popleft()

@@ -24,10 +24,15 @@ Step = Callable[[], tuple[Outputs, Losses]]
 
 
 def build_reducers(
-    shards: "Shards | None", model: nn.Module, optimizers: list[Optimizer], ranks: Ranks, device: torch.device
+    shards: "Shards | None",
+    model: nn.Module,
+    optimizers: list[Optimizer],
+    ranks: Ranks,
+    device: torch.device,
+    overlap: bool,
 ) -> "Reducers | Shards":
     """What sums the gradients over the ranks: the shards of a model, if it is sharded (see fsdp.py)."""
-    return Reducers(model, optimizers, ranks, device) if shards is None else shards.attach(optimizers)
+    return Reducers(model, optimizers, ranks, device, overlap) if shards is None else shards.attach(optimizers)
 
 
 class Reducers:
@@ -44,20 +49,39 @@ class Reducers:
         optimizers: the Trainer's, in the order in which they are stepped, which is the same on all ranks.
         ranks: the process group must be open when a step is made.
         device: where losses are.
+        overlap: False sums the gradients after the backward pass instead.
 
     Raises:
         ValueError: a layer has sparse gradients, and there are several ranks.
     """
 
-    def __init__(self, model: nn.Module, optimizers: list[Optimizer], ranks: Ranks, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: list[Optimizer],
+        ranks: Ranks,
+        device: torch.device,
+        overlap: bool = True,
+    ) -> None:
         for name, layer in model.named_modules() if ranks.world_size > 1 else ():
             if getattr(layer, "sparse", False) is True:
                 raise ValueError(f"{name}: sparse=True: its gradients cannot be summed over ranks; build it without")
         self._optimizers, self._ranks, self._device = optimizers, ranks, device
+        parameters = [p for optimizer in optimizers for p in {id(p): p for p in parameters_of(optimizer)}.values()]
+        # one that two optimizers have would be known to two reducers, each of which waits for it in the other's pass
+        is_shared = len(set(parameters)) < len(parameters)
+        self._is_used = ranks.world_size > 1 and overlap and not is_shared
         self._reducers: dict[int, DistributedDataParallel] = {}
         self._covered: list[list[nn.Parameter]] = [[] for _ in optimizers]  # parameters that a reducer knows
         self._left_out = [parameters_of(optimizer) for optimizer in optimizers]  # those that were always frozen
         self._anchors = [nn.Parameter(torch.zeros((), device=device)) for _ in optimizers]
+
+    def begin(self) -> None:
+        """Forget a pass that failed before the end of its backward pass."""
+        for reducer in self._reducers.values():
+            reducer.reducer._reset_state()
+        for anchor in self._anchors:
+            anchor.grad = None
 
     def enter(self, idx: int, step: Step, is_last: bool) -> tuple[Outputs, Losses]:
         """Run an optimizer's step for one batch of the window.
@@ -73,13 +97,14 @@ class Reducers:
         Returns:
             What step gives; its ``loss`` is to be multiplied with ``scale`` before the backward pass.
         """
-        if self._ranks.world_size == 1:
+        if not self._is_used:
             return step()
-        reducer = self._reducer(idx)
         if self._left_out[idx]:
             # the model may thaw them for this very pass: GANs freeze, in each pass, what it does not train
             result = step()
             reducer, step = self._reducer(idx), lambda: result
+        else:
+            reducer = self._reducer(idx)
         if is_last:
             loss = reducer(step)
         else:
@@ -95,11 +120,11 @@ class Reducers:
     @property
     def scale(self) -> int:
         """What losses are multiplied with, since DistributedDataParallel divides gradients by it."""
-        return self._ranks.world_size
+        return self._ranks.world_size if self._is_used else 1
 
     def inputs(self, idx: int, parameters: list[nn.Parameter] | None) -> list[nn.Parameter] | None:
         """What a backward pass that is only to reach these parameters has to reach."""
-        return parameters if parameters is None or self._ranks.world_size == 1 else [*parameters, self._anchors[idx]]
+        return [*parameters, self._anchors[idx]] if parameters is not None and self._is_used else parameters
 
     def summed(self, idx: int, losses: torch.Tensor, has_loss: bool) -> tuple[torch.Tensor, bool]:
         """After the window's last backward pass: the sum of losses, and whether any rank had one, on all ranks.
@@ -109,16 +134,22 @@ class Reducers:
             losses: this rank's sum.
             has_loss: whether this rank had one.
         """
-        if self._ranks.world_size == 1:
-            return losses, has_loss
+        if not self._is_used:
+            return losses, self._ranks.sum_gradients(parameters_of(self._optimizers[idx]), losses, has_loss)
         # a rank without a loss has gradients where another rank had them
-        has_loss = has_loss or any(p.grad is not None for p in parameters_of(self._optimizers[idx]))
+        has_gradients = any(p.grad is not None for p in parameters_of(self._optimizers[idx]))
+        # without any, all are frozen or unused, on all ranks
+        has_loss = has_gradients or self._ranks.any(has_loss)
         losses, self._anchors[idx].grad = self._anchors[idx].grad, None
         return losses, has_loss
 
     def _reducer(self, idx: int) -> DistributedDataParallel:
         """Built when it is needed, and again when a parameter that was frozen until now is no longer."""
-        thawed = [parameter for parameter in self._left_out[idx] if parameter.requires_grad]
+        thawed = []
+        if self._left_out[idx]:
+            # of all ranks: one that skips the batch may not have come to where the model thaws them
+            found = self._ranks.highest([parameter.requires_grad for parameter in self._left_out[idx]])
+            thawed = [parameter for parameter, is_thawed in zip(self._left_out[idx], found) if is_thawed]
         if idx in self._reducers and not thawed:
             return self._reducers[idx]
         _use_up_the_warning(self._device)
@@ -173,7 +204,7 @@ class _Step(nn.Module):
         if not self.result[1]:
             return self.anchor * 0.0
         loss = self.result[1]["loss"]
-        if not loss.requires_grad and len(self._parameters) > 1:
+        if not loss.requires_grad and any(p.requires_grad for p in self.parameters() if p is not self.anchor):
             return loss  # a mistake of the model's, of which autograd tells
         if loss.dtype in (torch.float16, torch.bfloat16):
             loss = loss.float()  # a scaled loss need not fit into half precision

@@ -109,6 +109,8 @@ class Run:
         elif args.restore_path:
             checkpoints.restore(self, args.restore_path)
         self.ranks.broadcast_model(self.model)
+        if self.ema is not None and not self._goes_on:
+            self.ema.reset()  # the other ranks may have drawn other weights than rank 0
         if self.ranks.is_main:
             # after the restoring: an override that does not fit a continued run must not spoil its config
             self.write_config()
@@ -141,6 +143,7 @@ class Run:
             raise RuntimeError("save_checkpoint() inside an evaluation: call it in on_epoch_end or on_train_step_end")
         self.drift.check(self.total_steps_done)
         self.c_logger.print(f"saved {checkpoints.save_step(self)}")
+        self.ranks.barrier()  # what rank 0 has written is there for all, as when fit returns
 
     def log_checkpoint(self) -> None:
         """Hand the newest checkpoint to the dashboard."""
@@ -190,12 +193,13 @@ class Run:
 
     # ---- what is due, and what is shown ----
 
-    def after_update(self, updates: int, shown: tuple[Batch, dict[str, Any]] | None) -> None:
+    def after_update(self, updates: int, batch: Batch, outputs: dict[str, Any] | None) -> None:
         """What is due after an update: print, plot, save, evaluate. Only here does the host wait for the device."""
         config, step, average = self.config, self.total_steps_done, self.keep_avg_train
         self.c_logger.advance()
         printing = step % config.print_step == 0 or step == 1
-        if printing or shown is not None:
+        plotting = step % config.plot_step == 0  # on all ranks, also on one that has skipped its batch
+        if printing or plotting:
             average.read()
             times, left = self._clock.read(), self._clock.time_left(self._updates_left(updates))
             rates = {name: float(rate) for name, rate in self._rates.items()}
@@ -204,9 +208,10 @@ class Run:
             values = {**last, **rates, **self.precision.stats(), **self.guard.stats()}
         if printing:
             self.c_logger.print_train_step(step, values, average.means, times, left)
-        if shown is not None:
+        if plotting:
             self.dashboard_logger.train_step_stats(step, {**values, **times})
-            self.show("train_log", *shown)
+            if outputs is not None:
+                self.show("train_log", batch, outputs)
             self._clock.restart()
         self.drift.after_update(step)
         if config.save_checkpoints and step % config.save_step == 0:

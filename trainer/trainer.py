@@ -93,12 +93,13 @@ class Trainer(Run, Batches, CoquiNames):
         self.scheduler = optimizers.build_schedulers(model, config, self.optimizer)
         self.scheduler_units = optimizers.scheduler_units(config, self.scheduler)
         self.criterion = optimizers.build_criteria(model, self.optimizer, self.device)
-        self.reducers = build_reducers(self.shards, model, self.optimizer, self.ranks, self.device)
+        overlap = config.overlap_gradients
+        self.reducers = build_reducers(self.shards, model, self.optimizer, self.ranks, self.device, overlap)
         self.batch_norms = BatchNormSync(model) if config.sync_batchnorm and several else None
         self.drift = DriftCheck(model, self.ranks, config.drift_check_steps)
         self._max_norms = optimizers.build_max_norms(config, self.optimizer)
         self.precision = Precision(config, self.device)
-        self.guard = NanGuard(config, model, self.precision, self.device)
+        self.guard = NanGuard(config, model, self.precision, self.device, in_step=several)
         self.manual = ManualOptimization(self) if overrides(model, "optimize") else None
         self.ema = None if config.ema_decay is None else EMA(model, config.ema_decay)
         patience = config.early_stopping_patience
@@ -189,7 +190,7 @@ class Trainer(Run, Batches, CoquiNames):
         elif not self.config.run_eval and self.last_eval_step != self.total_steps_done:
             self.last_eval_step = self.total_steps_done
             self.keep_best("train_loss", self.keep_avg_train.means, is_extra=not is_whole)
-        if self.epochs_done >= self.config.test_delay_epochs and self._evaluation_is_due():
+        if self._signal is None and self.epochs_done >= self.config.test_delay_epochs and self._evaluation_is_due():
             self.test()
         if self._signal is None and is_whole:
             self.callbacks("on_epoch_end", self)
@@ -220,13 +221,13 @@ class Trainer(Run, Batches, CoquiNames):
         if self.batches_done:
             self.evaluate_if_step_is_due()  # saved, or stopped, before this was done
         self.precision.begin()
+        self.reducers.begin()
         if self.manual is None:  # what an update that failed has left, or what belonged to no optimizer
             self.model.zero_grad(set_to_none=True)
         self._clock.restart()
         for batches in self._clock.wait_for(self.windows(loader)):
-            plotting = (self.total_steps_done + 1) % self.config.plot_step == 0
             batch, outputs = self.train_step(batches)
-            self.after_update(updates, (batch, outputs) if plotting and outputs is not None else None)
+            self.after_update(updates, batch, outputs)
             del batch, outputs  # not alive, with all that they hold, during the next forward pass
             if self._finished():
                 break

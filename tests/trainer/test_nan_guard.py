@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from tests.trainer.toys import Toy, ToyGan, assert_same_weights, build, collate, make_samples, weights_of
+from tests.trainer.toys import Toy, ToyConfig, ToyGan, assert_same_weights, build, collate, make_samples, weights_of
 from trainer import TrainerArgs
 from trainer.checkpoint import list_checkpoints
+from trainer.nan_guard import NanGuard, _Pending
+from trainer.precision import Precision
 
 
 @pytest.fixture(autouse=True)
@@ -337,3 +339,25 @@ class TestDeferred:
             with NoReading():
                 trainer.train_step(batches)
             trainer.close_run()
+
+
+class Copied:
+    """A copy from a device that is done."""
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+
+@pytest.mark.parametrize(("in_step", "told_at"), [(False, 2), (True, 6)])
+def test_on_several_ranks_a_deferred_verdict_is_told_in_the_same_update_on_all(in_step, told_at):
+    """Whichever device is ahead: not as soon as the copy is there, but when four more updates have been made."""
+    config, cpu = ToyConfig(), torch.device("cpu")
+    guard = NanGuard(config, Toy(config), Precision(config, cpu), cpu, in_step=in_step)
+    for step in range(1, told_at):
+        guard.begin(step, [])
+        guard._pending.append(_Pending(step, [], torch.tensor([math.nan if step == 1 else 1.0]), [], Copied()))
+    with pytest.raises(FloatingPointError, match="step 1: loss is nan"):
+        guard.begin(told_at, [])

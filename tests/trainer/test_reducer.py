@@ -49,6 +49,19 @@ class Deep(Toy):
         return {}, {"loss": criterion(self.layer(x).squeeze(1), batch["y"])}
 
 
+class Reentrant(Deep):
+    """Recomputes in a backward pass inside of the backward pass, one layer several times."""
+
+    def train_step(self, batch, criterion):
+        x = batch["x"].requires_grad_()
+        for _ in range(2):
+            x = checkpoint(lambda x: self.middle(torch.tanh(self.first(x))), x, use_reentrant=True)
+        return {}, {"loss": criterion(self.layer(x).squeeze(1), batch["y"])}
+
+    def eval_step(self, batch, criterion):
+        return super().train_step(batch, criterion)
+
+
 class Thawing(Deep):
     """Its last layer is frozen in the first epoch, its first from the second on."""
 
@@ -90,6 +103,7 @@ CASES = {
     "unused, accumulated": {"model_class": Wide, "args": {"grad_accum_steps": 2}, **ADAM},
     "clipped": {"model_class": Wide, "grad_clip": 0.2},
     "recomputed": {"model_class": Deep, **ADAM},
+    "recomputed, reentrant": {"model_class": Reentrant, "overlap_gradients": False, **ADAM},
     "thawing": {"model_class": Thawing, **ADAM},
     "gan": {"model_class": ToyGan, **ADAM},
     "gan, frozen by itself": {"model_class": FrozenInside, "args": {"grad_accum_steps": 2}, **ADAM},
@@ -166,11 +180,14 @@ def profile(trainer) -> list[tuple[str, float, float, int]]:
 def bytes_sent(model_class, accumulated: int, folder: Path) -> int:
     """What a rank hands to the sums of gradients in an epoch of two updates."""
     args = TrainerArgs(grad_accum_steps=accumulated)
-    settings = {"features": 500, "epochs": 1, "batch_size": 2, "lr": 1e-6, "output_path": str(folder)}
+    settings = {"features": 500, "epochs": 3, "batch_size": 2, "lr": 0.0, "output_path": str(folder)}
     samples = {"train_samples": make_samples(8 * accumulated, 500), "eval_samples": make_samples(4, 500)}
     trainer = build(model_class, args=args, config=ToyConfig(**settings), **samples)
+    trainer.open_run()
+    trainer.train_epoch()  # in which the reducers are built
+    trainer.epochs_done, trainer.batches_done = 1, 0
     events = profile(trainer)
-    assert trainer.total_steps_done == 2
+    assert trainer.total_steps_done == 4
     return sum(size for name, _, _, size in events if name == "gloo:all_reduce")
 
 
