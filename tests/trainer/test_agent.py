@@ -178,7 +178,7 @@ class TestSeveralMachines:
         assert f"--rdzv_endpoint=localhost:{port}: the port is taken on this machine" in hosts
         # somebody listens there, who says nothing
         assert f"--rdzv_endpoint=localhost:{port}: cannot be reached" in joins
-        assert "no answer in 2 s; nothing listens there, or something else" in joins
+        assert "no answer within 2 s; nothing listens there, or something else" in joins
         assert "Traceback" not in joins
 
     def test_the_one_that_hosts_waits_for_the_other(self, tmp_path):

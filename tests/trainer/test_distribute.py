@@ -46,6 +46,10 @@ ranks.barrier()
 """
 
 
+# what the launcher puts into its environment
+SET = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "TRAINER_DEVICE", "TRAINER_LAUNCHER", "TORCH_CPP_LOG_LEVEL")
+
+
 class TestRegressions:
     """What Coqui's launcher does wrong."""
 
@@ -135,7 +139,7 @@ class TestArguments:
         launched = []
         (tmp_path / "script.py").touch()
         monkeypatch.chdir(tmp_path)
-        for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "TRAINER_DEVICE"):
+        for name in SET:
             monkeypatch.setenv(name, "x")  # put back after the test
         monkeypatch.delenv("OMP_NUM_THREADS")
         monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(6)), raising=False)
@@ -176,6 +180,7 @@ class TestArguments:
         ],
     )
     def test_what_is_wrong_is_told_before_anything_starts(self, argv, message, capsys, monkeypatch):
+        monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "x")  # put back after the test
         monkeypatch.chdir(ROOT)
         monkeypatch.setattr(agent, "launch", lambda *_: pytest.fail("it was started"))
         with pytest.raises(SystemExit) as stopped:
@@ -185,7 +190,7 @@ class TestArguments:
 
     def launched(self, monkeypatch, *argv):
         found = []
-        for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "TRAINER_DEVICE"):
+        for name in SET:
             monkeypatch.setenv(name, "x")  # put back after the test
         monkeypatch.setattr(agent, "launch", lambda command, job: found.append((command, job)) or 0)
         assert distribute.main([*CPU, *argv]) == 0
@@ -242,7 +247,7 @@ class TestArguments:
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
         monkeypatch.setattr(distribute, "_own_address", lambda host, port: host)
         monkeypatch.setattr(agent, "launch", lambda command, job: launched.append((command[0], job.nproc)) or 0)
-        for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "TRAINER_DEVICE"):
+        for name in SET:
             monkeypatch.setenv(name, "0,1")  # put back after the test
         for command in commands:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")

@@ -138,6 +138,7 @@ def train_cases(folder: Path) -> dict:
     dist.barrier()  # until the checkpoint is written
     results["parts"] = train("parts", 2, folder, dropout=0.5, args={"continue_path": first["folder"]})
     results["nan"] = train("nan", 2, folder, model_class=Spoiled)
+    results["early"] = train("early", 2, folder, epochs=9, early_stopping_patience=2, early_stopping_min_delta=100.0)
     results["nan skipped"] = train("nan skipped", 2, folder, model_class=Spoiled, nan_policy="skip")
     return results
 
@@ -198,6 +199,13 @@ def test_a_signal_to_one_rank_stops_and_saves_both(tmp_path):
     assert first["code"] == second["code"] == 128 + signal.SIGTERM
     assert first["steps"] == second["steps"] <= 4
     assert (Path(first["folder"]) / f"checkpoint_{first['steps']}.pth").is_file()
+
+
+def test_early_stopping_is_decided_together(two_ranks):
+    first, second = (found["early"] for found in two_ranks)
+    # no later evaluation is better by so much than the first
+    assert first["steps"] == second["steps"] == 3 * 4
+    assert first["best"] == second["best"]
 
 
 def test_nan_on_one_rank_stops_all_before_the_update(two_ranks):
