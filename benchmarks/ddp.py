@@ -27,30 +27,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
-from trainer import Trainer, TrainerArgs, TrainerConfig, TrainerModel
+from benchmarks.loop import SETTINGS, Classifier
+from trainer import Trainer, TrainerArgs, TrainerConfig
 
 RANKS = 2
-LOSSES = 5  # a model like VITS logs about as many
 BYTES = {"float": 4, "double": 8, "long int": 8, "int": 4, "unsigned char": 1, "bool": 1}
-
-
-class Classifier(TrainerModel):
-    """Layers of equal width; the width decides how long an update takes."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        layers = [nn.Sequential(nn.Linear(width, width), nn.ReLU()) for _ in range(4)]
-        self.layers = nn.Sequential(*layers, nn.Linear(width, 10))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layers(x)
-
-    def train_step(self, batch: dict, criterion: nn.Module) -> tuple[dict, dict]:
-        loss = criterion(self(batch["x"]), batch["y"])
-        return {}, {"loss": loss, **{f"part_{i}": loss.detach() * i for i in range(LOSSES)}}
-
-    def get_criterion(self) -> nn.Module:
-        return nn.CrossEntropyLoss()
 
 
 def make_loader(width: int, batch_size: int, updates: int, sampled: bool) -> DataLoader:
@@ -67,7 +48,7 @@ def make_loader(width: int, batch_size: int, updates: int, sampled: bool) -> Dat
 def by_hand(width: int, batch_size: int, updates: int) -> Callable[[], None]:
     """An epoch of a loop as one writes it, with the true gradient norm."""
     torch.manual_seed(0)
-    model, criterion = DistributedDataParallel(Classifier(width)), nn.CrossEntropyLoss()
+    model, criterion = DistributedDataParallel(Classifier(width).layers), nn.CrossEntropyLoss()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     loader = make_loader(width, batch_size, updates, sampled=True)
 
@@ -84,17 +65,7 @@ def by_hand(width: int, batch_size: int, updates: int) -> Callable[[], None]:
 def by_trainer(width: int, batch_size: int, updates: int, folder: str) -> Callable[[], None]:
     """An epoch of the Trainer."""
     torch.manual_seed(0)
-    config = TrainerConfig(
-        optimizer="AdamW",
-        lr=1e-3,
-        batch_size=batch_size,
-        run_eval=False,
-        save_checkpoints=False,
-        dashboard_logger="none",
-        device="cpu",
-        print_step=10**9,
-        plot_step=10**9,
-    )
+    config = TrainerConfig(batch_size=batch_size, **SETTINGS)
     loader = make_loader(width, batch_size, updates, sampled=False)
     trainer = Trainer(
         TrainerArgs(), config, folder, model=Classifier(width), train_loader=loader, parse_command_line_args=False

@@ -23,6 +23,17 @@ from torch import nn
 from trainer import Trainer, TrainerArgs, TrainerConfig, TrainerModel
 
 LOSSES = 5  # a model like VITS logs about as many
+# of the Trainer, which evaluates, saves and shows nothing
+SETTINGS = {
+    "optimizer": "AdamW",
+    "lr": 1e-3,
+    "run_eval": False,
+    "save_checkpoints": False,
+    "dashboard_logger": "none",
+    "device": "cpu",
+    "print_step": 10**9,
+    "plot_step": 10**9,
+}
 
 
 class Classifier(TrainerModel):
@@ -74,17 +85,7 @@ def time_bare(width: int, loader: torch.utils.data.DataLoader) -> float:
 def time_trainer(width: int, loader: torch.utils.data.DataLoader) -> float:
     """Seconds per update of the Trainer."""
     torch.manual_seed(0)
-    config = TrainerConfig(
-        optimizer="AdamW",
-        lr=1e-3,
-        epochs=1,
-        run_eval=False,
-        save_checkpoints=False,
-        dashboard_logger="none",
-        device="cpu",
-        print_step=10**9,
-        plot_step=10**9,
-    )
+    config = TrainerConfig(epochs=1, **SETTINGS)
     with tempfile.TemporaryDirectory() as folder:
         args = TrainerArgs()
         trainer = Trainer(

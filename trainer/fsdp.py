@@ -213,7 +213,8 @@ class Shards:
         return 1
 
     def inputs(self, idx: int, parameters: list[nn.Parameter] | None) -> None:
-        """A backward pass reaches all that its loss depends on: it goes through gathered parameters, not these."""
+        """None: a backward pass goes through gathered parameters, not these, and reaches all of them."""
+        return None
 
     def summed(self, idx: int, losses: torch.Tensor, has_loss: bool) -> tuple[torch.Tensor, bool]:
         """After the window's last backward pass: the sum of losses, and whether any rank had one, on all ranks.

@@ -1,15 +1,13 @@
 """VITS through the Trainer: overfitting one batch of speech, accumulation, and continuing bitwise."""
 
 import functools
-import os
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from models.vits import SMALL, Vits, VitsConfig
-from tests.trainer.two_ranks import on_two_ranks, wait_for_the_other
+from tests.trainer.two_ranks import on_two_ranks
 from trainer import Trainer, TrainerArgs, seed_everything
 from trainer.data.ljspeech import read_ljspeech
 from trainer.testing import overfit_with_trainer
@@ -55,8 +53,6 @@ def test_a_continued_run_is_bitwise_the_undisturbed_one(tiny_ljspeech, tmp_path,
 
 def train_a_rank(samples: list, rank: int, folder: Path) -> dict:
     """Two updates of a rank, each accumulated over two batches; their weights before and after."""
-    os.environ.update({"RANK": str(rank), "WORLD_SIZE": "2"})
-    dist.init_process_group("gloo", f"file://{folder}/group", rank=rank, world_size=2)
     config = config_of(folder, batch_size=1, run_eval=False, max_steps=2, epochs=9, drift_check_steps=1)
     seed_everything(rank)  # the first rank's model becomes the other's
     model, args = Vits(config), TrainerArgs(grad_accum_steps=2)
@@ -64,14 +60,14 @@ def train_a_rank(samples: list, rank: int, folder: Path) -> dict:
     trainer.open_run()
     before = {name: value.clone() for name, value in model.named_parameters()}
     trainer.fit()
-    wait_for_the_other(rank, folder, "done")
-    dist.destroy_process_group()
     return {"before": before, "after": dict(model.named_parameters()), "noise": float(torch.rand(()))}
 
 
 def test_two_ranks(tiny_ljspeech, tmp_path):
     """Outputs shared between the passes of two optimizers, through DistributedDataParallel."""
-    first, second = on_two_ranks(tmp_path, functools.partial(train_a_rank, read_ljspeech(tiny_ljspeech)))
+    first, second = on_two_ranks(
+        tmp_path, functools.partial(train_a_rank, read_ljspeech(tiny_ljspeech)), in_a_group=True
+    )
     assert first["noise"] != second["noise"]
     for name, value in first["after"].items():
         assert torch.equal(first["before"][name], second["before"][name])

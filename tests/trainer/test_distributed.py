@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tests.trainer.two_ranks import on_two_ranks, wait_for_the_other
+from tests.trainer.two_ranks import on_two_ranks, wait_for_the_others
 from trainer import TrainerArgs, TrainerConfig, distributed, seed_everything
 from trainer.distributed import Agreement, Ranks, rank_seed
 
@@ -151,7 +151,7 @@ def use_the_scripts_group(rank: int, folder: Path) -> dict:
     found = ranks.gather(rank)
     ranks.close()
     still_there = dist.is_initialized()
-    wait_for_the_other(rank, folder, "gathered")
+    wait_for_the_others(rank, 2, folder, "gathered")
     dist.destroy_process_group()
     return {"args": (args.use_ddp, args.rank), "gathered": found, "still there": still_there}
 
@@ -166,7 +166,7 @@ def all_parts(rank: int, folder: Path) -> dict:
     for part in (train_a_share, sum_special_gradients, ask_who_has_a_loss, exchange, spread_model, draw):
         found[part.__name__] = part(ranks, rank)
     ranks.barrier()
-    wait_for_the_other(rank, folder, "done")
+    wait_for_the_others(rank, 2, folder, "done")
     ranks.close()
     return {**found, "closed": not dist.is_initialized()}
 

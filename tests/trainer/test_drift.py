@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
-from tests.trainer.two_ranks import on_two_ranks, wait_for_the_other
+from tests.trainer.two_ranks import on_two_ranks
 from trainer.distributed import Ranks
 from trainer.drift import _CHUNK, DriftCheck, hash_parameters
 
@@ -181,7 +180,6 @@ class TestCheck:
 
 def train_and_drift(rank: int, folder: Path) -> list[str]:
     """Equal models on both ranks, of which one is changed by one bit in the fourth update."""
-    dist.init_process_group("gloo", f"file://{folder}/group", rank=rank, world_size=2)
     ranks = Ranks(rank, 2)
     ranks.open(torch.device("cpu"))
     (model,) = make_models(1)
@@ -198,13 +196,11 @@ def train_and_drift(rank: int, folder: Path) -> list[str]:
         except RuntimeError as error:
             messages.append(str(error))
             break
-    wait_for_the_other(rank, folder, "done")
-    dist.destroy_process_group()
     return messages
 
 
 def test_one_bit_is_found_on_both_ranks(tmp_path):
-    first, second = on_two_ranks(tmp_path, train_and_drift)
+    first, second = on_two_ranks(tmp_path, train_and_drift, in_a_group=True)
     assert first == second
     assert [message.partition(": something")[0] for message in first] == [
         "step 4: weight 0.weight differs between ranks (rank 1 from rank 0)"

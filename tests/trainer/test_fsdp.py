@@ -158,7 +158,7 @@ def state(found: dict) -> dict:
     return load_checkpoint(Path(found["folder"]) / f"checkpoint_{found['steps']}.pth")
 
 
-def train_cases(folder: Path) -> dict:
+def train_cases(rank: int, folder: Path) -> dict:
     """All cases, on one of two ranks."""
     run = functools.partial(train, world_size=2, folder=folder, strategy="fsdp")
     results = {name: run(name, **settings) for name, settings in CASES.items()}
@@ -235,7 +235,7 @@ def _equal(a: object, b: object) -> bool:
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-def continue_on_two_ranks(folder: Path, run: str, restored: str) -> dict:
+def continue_on_two_ranks(rank: int, folder: Path, run: str, restored: str) -> dict:
     """With ddp, then with fsdp; and a new run from weights of another size."""
     found = [continued(run, 9), continued(run, 12, strategy="fsdp")]
     trainer = build(Toy, strategy="fsdp", args=TrainerArgs(restore_path=restored), output_path=str(folder))
@@ -246,7 +246,7 @@ def continue_on_two_ranks(folder: Path, run: str, restored: str) -> dict:
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
     """What both ranks found, case by case."""
-    return on_two_ranks(tmp_path_factory.mktemp("fsdp"), functools.partial(several_ranks.in_a_group, train_cases))
+    return on_two_ranks(tmp_path_factory.mktemp("fsdp"), train_cases, in_a_group=True)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -335,7 +335,7 @@ def test_a_run_goes_from_fsdp_to_one_process_to_ddp_to_fsdp(two_ranks, tmp_path)
     small.save_checkpoint()
     restored = str(small.output_path / "checkpoint_0.pth")
     work = functools.partial(continue_on_two_ranks, run=run, restored=restored)
-    found = on_two_ranks(tmp_path, functools.partial(several_ranks.in_a_group, work))
+    found = on_two_ranks(tmp_path, work, in_a_group=True)
     assert [rank["loaded"] for rank in found] == [[True, True]] * 2
     undisturbed = train("alone", 1, tmp_path, **HANDED_OVER)
     handed = load_checkpoint(Path(run) / "checkpoint_12.pth")

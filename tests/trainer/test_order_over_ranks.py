@@ -1,7 +1,6 @@
 """The order of samples, and what is drawn for them, on any number of ranks and workers; each sample counts once."""
 
 import collections
-import functools
 import itertools
 import random
 from pathlib import Path
@@ -24,7 +23,6 @@ from torch.utils.data import (
     get_worker_info,
 )
 
-from tests.trainer.test_several_ranks import in_a_group
 from tests.trainer.toys import Toy, build, collate, make_samples
 from tests.trainer.two_ranks import on_two_ranks
 from trainer.data.loader import DistributedSamplerWrapper, Repeated, build_loader, rest_of_epoch, shard
@@ -476,7 +474,7 @@ def split_loaders(rank: int) -> dict:
     }
 
 
-def work_on_two_ranks(folder: Path) -> dict:
+def work_on_two_ranks(rank: int, folder: Path) -> dict:
     results = {f"{n} samples": evaluate(n, 2, folder) for n in EVALUATIONS}
     for name, loader in split_loaders(dist.get_rank()).items():
         results[name] = train(loader, folder, lr=0.01)
@@ -491,7 +489,7 @@ def work_on_two_ranks(folder: Path) -> dict:
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
     """What two processes found."""
-    return on_two_ranks(tmp_path_factory.mktemp("ranks"), functools.partial(in_a_group, work_on_two_ranks))
+    return on_two_ranks(tmp_path_factory.mktemp("ranks"), work_on_two_ranks, in_a_group=True)
 
 
 @pytest.mark.filterwarnings("ignore:Length of IterableDataset")

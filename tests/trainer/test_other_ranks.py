@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, DistributedSampler
 
 from tests.trainer.test_order_over_ranks import Buckets, Parts, Reads, global_batches, our_loader, plain_loader
-from tests.trainer.test_several_ranks import in_a_group
 from tests.trainer.toys import build
 from tests.trainer.two_ranks import on_two_ranks
 from trainer import TrainerArgs
@@ -202,7 +201,7 @@ def train(folder: Path, world_size=1, size=4, continued=None, accumulate=1, **op
     }
 
 
-def on_two(parents: dict, folder: Path) -> dict:
+def on_two(parents: dict, rank: int, folder: Path) -> dict:
     """Runs of one rank that go on as two, and the beginnings of two."""
     return {
         "same batch": train(folder, 2, 2, parents["plain"]),
@@ -225,7 +224,7 @@ def runs(tmp_path_factory):
     parents = {name: found[name]["folder"] for name in ("plain", "accumulated")}
     ranks = folder / "ranks"
     ranks.mkdir()
-    found["ranks"] = on_two_ranks(ranks, functools.partial(in_a_group, functools.partial(on_two, parents)))
+    found["ranks"] = on_two_ranks(ranks, functools.partial(on_two, parents), in_a_group=True)
     return found
 
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from tests.trainer.launching import CPU, finish, start
-from tests.trainer.two_ranks import on_two_ranks, wait_for_the_other
+from tests.trainer.two_ranks import on_two_ranks, wait_for_the_others
 from trainer import preflight
 from trainer.distributed import Ranks
 from trainer.preflight import Board, CheckError, Verdict, check_devices, run_checks, show
@@ -39,7 +39,7 @@ class Scenarios:
 
     def run(self, name, *checks, patience=20.0, takes_part=True, **broken):
         """The verdicts of these checks (all by default); names of preflight are replaced on rank 1."""
-        wait_for_the_other(self.rank, self.folder, name.replace(" ", "_"))
+        wait_for_the_others(self.rank, 2, self.folder, name.replace(" ", "_"))
         before = {part: getattr(preflight, part) for part in broken}
         if self.rank == 1:
             for part, value in broken.items():
@@ -122,7 +122,7 @@ def run_scenarios(rank, folder):
     time.sleep(3)  # until it has come
     for silent in range(2):
         scenarios.run(f"silent {silent}", "all-reduce", patience=0.2, takes_part=rank != silent)
-    wait_for_the_other(rank, folder, "done")
+    wait_for_the_others(rank, 2, folder, "done")
     return {"verdicts": scenarios.found}
 
 

@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 import trainer.checkpoint as checkpoints
 from tests.trainer.test_several_ranks import Normed
 from tests.trainer.toys import Toy, ToyConfig, ToyGan, build, collate, make_samples
-from tests.trainer.two_ranks import on_two_ranks, wait_for_the_other
+from tests.trainer.two_ranks import on_two_ranks
 from trainer.data.loader import build_loader
 
 
@@ -135,8 +134,6 @@ CASES = {"frozen later": FrozenLater, "shared": Shared, "second fit": Failing}
 
 
 def work(number: int, folder: Path) -> dict:
-    os.environ.update({"RANK": str(number), "WORLD_SIZE": "2"})
-    dist.init_process_group("gloo", f"file://{folder}/group", rank=number, world_size=2)
     found = {name: train(kind, folder, 2).model.state_dict() for name, kind in CASES.items()}
     found["plotting"] = train(Skipping, folder, 2, train=24, plot_step=3).keep_avg_train.means
     found["buffers"] = dict(train(Growing, folder, 2).model.named_buffers())
@@ -151,14 +148,12 @@ def work(number: int, folder: Path) -> dict:
     write = checkpoints.write_file
     checkpoints.write_file = lambda *args: (time.sleep(0.3), write(*args))
     found["files"] = sorted(path.name for path in train(Toy, folder, 2).output_path.glob("*.pth"))
-    wait_for_the_other(number, folder, "done")
-    dist.destroy_process_group()
     return found
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
-    return on_two_ranks(tmp_path_factory.mktemp("ranks"), work)
+    return on_two_ranks(tmp_path_factory.mktemp("ranks"), work, in_a_group=True)
 
 
 @pytest.mark.parametrize("name", CASES)

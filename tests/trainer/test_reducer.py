@@ -1,17 +1,15 @@
 """Gradients through DistributedDataParallel: every way of training on two ranks against one rank, and what is sent."""
 
-import os
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, DistributedSampler
 
 from tests.trainer.toys import Toy, ToyConfig, ToyGan, build, collate, make_samples
-from tests.trainer.two_ranks import on_two_ranks, wait_for_the_other
+from tests.trainer.two_ranks import on_two_ranks
 from trainer import TrainerArgs
 from trainer.distributed import Ranks
 from trainer.reducer import Reducers
@@ -227,8 +225,6 @@ def repeat(folder: Path) -> list[float]:
 
 
 def on_a_rank(rank: int, folder: Path) -> dict:
-    os.environ.update({"RANK": str(rank), "WORLD_SIZE": "2"})
-    dist.init_process_group("gloo", f"file://{folder}/group", rank=rank, world_size=2)
     results = {name: train(name, 2, folder, **settings) for name, settings in CASES.items()}
     results["choosy"] = train_choosy(rank, folder)
     results["bytes"] = {
@@ -237,15 +233,13 @@ def on_a_rank(rank: int, folder: Path) -> dict:
     }
     results["overlap"] = overlap(folder)
     results["repeated"] = repeat(folder)
-    wait_for_the_other(rank, folder, "done")
-    dist.destroy_process_group()
     return results
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
     """What both ranks found, case by case."""
-    return on_two_ranks(tmp_path_factory.mktemp("ranks"), on_a_rank)
+    return on_two_ranks(tmp_path_factory.mktemp("ranks"), on_a_rank, in_a_group=True)
 
 
 def assert_equal(first: dict, second: dict) -> None:
@@ -302,17 +296,13 @@ def test_a_hundred_trainings(two_ranks):
 
 
 def train_on_three(rank: int, folder: Path) -> dict:
-    os.environ.update({"RANK": str(rank), "WORLD_SIZE": "3"})
-    dist.init_process_group("gloo", f"file://{folder}/group", rank=rank, world_size=3)
     trainer = build(Wide, train=13, config=ToyConfig(epochs=2, batch_size=2, output_path=str(folder / "three")), **ADAM)
     trainer.fit()
-    dist.barrier()
-    wait_for_the_other(rank % 2, folder, "done")
     return result_of(trainer)
 
 
 def test_three_ranks(tmp_path):
-    first, second, third = on_two_ranks(tmp_path, train_on_three, ranks=3)
+    first, second, third = on_two_ranks(tmp_path, train_on_three, ranks=3, in_a_group=True)
     assert_equal(first, second)
     assert_equal(first, third)
     config = ToyConfig(epochs=2, batch_size=6, output_path=str(tmp_path / "one"))
@@ -331,16 +321,13 @@ class Detached(Toy):
 
 
 def fail(rank: int, folder: Path) -> str:
-    os.environ.update({"RANK": str(rank), "WORLD_SIZE": "2"})
-    dist.init_process_group("gloo", f"file://{folder}/group", rank=rank, world_size=2)
     with pytest.raises(RuntimeError) as error:
         build(Detached, output_path=str(folder / "detached")).fit()
-    wait_for_the_other(rank, folder, "done")
     return str(error.value)
 
 
 def test_a_loss_without_a_graph_is_an_error_as_on_one_rank(tmp_path):
-    found = on_two_ranks(tmp_path, fail)
+    found = on_two_ranks(tmp_path, fail, in_a_group=True)
     assert all("does not require grad" in text for text in found)
 
 

@@ -1,9 +1,7 @@
 """The Trainer on two ranks against one rank on the joint batch: weights, losses, orders, checkpoints, and stopping."""
 
-import functools
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from tests.trainer.toys import Toy, ToyGan, build, collate, make_samples
-from tests.trainer.two_ranks import on_two_ranks, wait_for_the_other
+from tests.trainer.two_ranks import on_two_ranks
 from trainer import TrainerArgs
 
 
@@ -130,7 +128,7 @@ def train(name: str, world_size: int, folder: Path, **settings) -> dict:
     }
 
 
-def train_cases(folder: Path) -> dict:
+def train_cases(rank: int, folder: Path) -> dict:
     """All cases, and a run that is stopped in the middle of an epoch and continued."""
     results = {name: train(name, 2, folder, **settings) for name, settings in CASES.items()}
     results["whole"] = train("whole", 2, folder, dropout=0.5)
@@ -143,25 +141,15 @@ def train_cases(folder: Path) -> dict:
     return results
 
 
-def train_until_stopped(folder: Path) -> dict:
+def train_until_stopped(rank: int, folder: Path) -> dict:
     """A run that one rank is told to stop."""
     return {"stopped": train("stopped", 2, folder, model_class=Stopping)}
-
-
-def in_a_group(work: Callable[[Path], dict], rank: int, folder: Path) -> dict:
-    """Runs ``work`` in a process group of the script's own."""
-    os.environ.update({"RANK": str(rank), "WORLD_SIZE": "2"})
-    dist.init_process_group("gloo", f"file://{folder}/group", rank=rank, world_size=2)
-    found = work(folder)
-    wait_for_the_other(rank, folder, "done")
-    dist.destroy_process_group()
-    return found
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
     """What both ranks found, case by case."""
-    return on_two_ranks(tmp_path_factory.mktemp("ranks"), functools.partial(in_a_group, train_cases))
+    return on_two_ranks(tmp_path_factory.mktemp("ranks"), train_cases, in_a_group=True)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -193,9 +181,7 @@ def test_a_continued_run_of_two_ranks_is_the_whole_one(two_ranks):
 
 
 def test_a_signal_to_one_rank_stops_and_saves_both(tmp_path):
-    first, second = (
-        found["stopped"] for found in on_two_ranks(tmp_path, functools.partial(in_a_group, train_until_stopped))
-    )
+    first, second = (found["stopped"] for found in on_two_ranks(tmp_path, train_until_stopped, in_a_group=True))
     assert first["code"] == second["code"] == 128 + signal.SIGTERM
     assert first["steps"] == second["steps"] <= 4
     assert (Path(first["folder"]) / f"checkpoint_{first['steps']}.pth").is_file()

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from tests.trainer.two_ranks import on_two_ranks, wait_for_the_other
+from tests.trainer.two_ranks import on_two_ranks
 from trainer.sync_batchnorm import BatchNormSync
 
 CHANNELS = 3
@@ -185,20 +185,17 @@ def what_is_refused(rank: int) -> list:
 
 def all_parts(rank: int, folder: Path) -> dict:
     """All that a rank does."""
-    dist.init_process_group("gloo", f"file://{folder}/group", rank=rank, world_size=2)
     found = {name: run_case(name, rank) for name in CASES}
     found["half"] = {dtype: half_precision(rank, dtype) for dtype in (torch.float32, torch.bfloat16)}
     for part in (nested, step_alone, read_the_device, what_is_refused):
         found[part.__name__] = part(rank)
-    wait_for_the_other(rank, folder, "done")
-    dist.destroy_process_group()
     return found
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """What rank 0 and rank 1 found."""
-    return on_two_ranks(tmp_path_factory.mktemp("ranks"), all_parts)
+    return on_two_ranks(tmp_path_factory.mktemp("ranks"), all_parts, in_a_group=True)
 
 
 @pytest.mark.parametrize("name", CASES)
