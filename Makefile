@@ -7,7 +7,7 @@ SOURCES := setup.py constraints.txt
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test lint bench clean
+.PHONY: help install train test chaos lint bench clean
 
 help: ## show this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -20,13 +20,17 @@ train: install ## train VITS: on data/LJSpeech-1.1 if it is there, else a small 
 test: $(VENV)/.installed-dev ## run all tests, with coverage
 	$(BIN)/python -m pytest -n $(WORKERS) --cov=trainer --cov=models --cov-report=term --cov-fail-under=95
 
+chaos: $(VENV)/.installed-dev ## kill 300 trainings at random instants, continue them, and compare (ARGS=...)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos $(ARGS)
+
 lint: $(VENV)/.installed-dev ## check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: $(VENV)/.installed-dev ## time the Trainer against bare loops, on one rank and on two
+bench: $(VENV)/.installed-dev ## time the Trainer against bare loops, on one rank and on two, and what saving costs
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/loop.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/ddp.py
+	$(BIN)/python benchmarks/checkpoint.py
 
 clean: ## delete the environment and caches; runs in output/ and data/ stay
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .coverage onefile_trainer.egg-info

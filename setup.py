@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "trainer/__init__.py").read_text(encoding="utf8"))[1]
 
 SPEECH = ["soxr>=0.5", "inflect>=7.0", "anyascii>=0.3"]
+S3 = ["s3fs>=2024.5"]
 EXTRAS = {
     # resampling, and reading numbers and abbreviations aloud
     "speech": SPEECH,
@@ -16,9 +17,16 @@ EXTRAS = {
     "phonemes": [*SPEECH, "espeakng-loader>=0.2.4", "phonemizer>=3.3"],
     # the data of recipes/digits
     "recipes": ["scikit-learn>=1.4"],
+    # checkpoints and data on S3, or any store that speaks its protocol
+    "s3": S3,
     "dev": [
+        *S3,
         "hypothesis>=6.100",
         "librosa>=0.10",
+        # a store that speaks S3, on loopback; moto[server] would bring all of Amazon's other services
+        "flask>=3.0",
+        "flask-cors>=4.0",
+        "moto[s3]>=5.0",
         "monotonic-alignment-search>=0.2",
         "pytest>=8.0",
         "pytest-cov>=5.0",
@@ -49,6 +57,7 @@ setup(
         "rich>=13.0",
         "soundfile>=0.12",
         "tensorboard>=2.16",
+        "universal-pathlib>=0.3.10",
     ],
     extras_require=EXTRAS,
     classifiers=[

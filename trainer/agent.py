@@ -34,13 +34,14 @@ from torch.distributed.elastic.rendezvous import (
 )
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
+from trainer.signals import ECHO, STOPPING
+
 if TYPE_CHECKING:
     from trainer.distribute import Job
 
-_TO_SAVE = 300  # seconds, after Ctrl-C or SIGTERM; a second one does not wait
+_TO_SAVE = 300  # seconds, after Ctrl-C, SIGTERM or SIGUSR1; a second one does not wait
 _TO_JOIN = 30  # seconds, when the machines gather anew: the ranks save if they can still reach each other
 _TO_STOP = 5  # seconds, after a failure
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _LAST_LINES = 20
 _ONE_AT_A_TIME = threading.Lock()  # a long line is written in pieces, and both streams may be one terminal
 
@@ -83,15 +84,28 @@ class Agent(LocalElasticAgent):
     def __init__(self, spec: WorkerSpec, logs: RankLogs) -> None:
         super().__init__(spec, logs, log_line_prefix_template="[rank ${rank}] ")
         self.ended_first: set[int] = set()
+        self._heard: tuple[int, float] | None = None  # the first signal, and when
         self.logs, self.consoles = logs, (WholeLines(sys.stdout), WholeLines(sys.stderr))
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         # torch shows what the ranks print on what it finds there
         with contextlib.redirect_stdout(self.consoles[0]), contextlib.redirect_stderr(self.consoles[1]):
             started = super()._start_workers(worker_group)
+        for name in os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"].split(","):
+            signal.signal(signal.Signals[name], self._hear)  # torch's has been set in between, and hears echoes
         ranks, size = [worker.global_rank for worker in worker_group.workers], worker_group.workers[0].world_size
-        say(f"started rank {', '.join(map(str, ranks))} of {size}; what they print is kept in {self.logs.newest}")
+        numbers = ", ".join(map(str, ranks))
+        say(f"started {len(ranks)} of {size} ranks ({numbers}); what they print is kept in {self.logs.newest}")
         return started
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        """Raise what torch's handler raises, but once for a signal that comes twice (see trainer/signals.py)."""
+        now = time.monotonic()
+        if self._heard is None:
+            self._heard = number, now
+        elif number == self._heard[0] and now - self._heard[1] <= ECHO:
+            return
+        raise SignalException(f"{signal.Signals(number).name} came", sigval=signal.Signals(number))
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> Any:
         # looked at here first: torch would give the others 30 s
@@ -203,7 +217,7 @@ def _signals_held_back() -> Iterator[None]:
     def hold(number: int, frame: FrameType | None) -> None:
         held.append(number)
 
-    before = {number: signal.signal(number, hold) for number in _SIGNALS}
+    before = {number: signal.signal(number, hold) for number in STOPPING}
     try:
         yield
     finally:
@@ -223,9 +237,9 @@ def launch(command: list[str], job: "Job") -> int:
     _prepare_streams()
     # a folder of its own in log_dir too: two launches may share that
     folder = Path(tempfile.mkdtemp(prefix=f"{job.run_id}-", dir=job.log_dir))
-    os.environ["TRAINER_RESTART_FILE"] = str(folder / "runs.txt")
+    os.environ.setdefault("TRAINER_RESTART_FILE", str(folder / "runs.txt"))  # docs/train.sbatch names one
     # what a nohup has asked for stays; torch would handle SIGHUP all the same
-    kept = [number.name for number in (*_SIGNALS, signal.SIGQUIT)]
+    kept = [number.name for number in (*STOPPING, signal.SIGQUIT)]
     kept += ["SIGHUP"] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ",".join(kept)
     if job.may_restart:

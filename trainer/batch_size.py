@@ -4,6 +4,7 @@ import collections
 import copy
 import gc
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from trainer.callbacks import Callbacks
+from trainer.checkpoint import load_checkpoint, newest_first
+from trainer.data.iterable import length_of
 from trainer.data.loader import BucketBatchSampler, rest_of_epoch
 from trainer.loggers.base import DashboardLogger
 from trainer.seeding import capture_rng_state, restore_rng_state
@@ -69,6 +72,10 @@ def fit_with_largest_batch_size(trainer: "Trainer", starting_batch_size: int = 2
     trainer.open_run()
     try:
         if trainer.total_steps_done > 0:
+            if not trainer.args.continue_path:  # restarted by the launcher: the config is that of the script again
+                state = load_checkpoint(newest_first(trainer.output_path)[0], mapped=True)
+                trainer.config.batch_size = state["config"]["batch_size"]
+                trainer.write_config()
             trainer.c_logger.print(f"a run that is continued keeps its batch_size {trainer.config.batch_size}")
         else:
             _set_largest(trainer, starting_batch_size)
@@ -135,7 +142,10 @@ class _Trials:
     def count_samples(self) -> int:
         """Samples that the model's loader reads: it may leave some of the trainer's out."""
         try:
-            return len(self._loader(1))
+            loader = self._loader(1)
+            if math.isinf(samples := length_of(loader)):
+                raise ValueError(f"the {type(loader).__name__} has no length: the search needs to know its samples")
+            return int(samples)
         finally:
             self._undo()
 

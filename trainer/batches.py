@@ -3,18 +3,21 @@
 import copy
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch.utils.data import DataLoader
 
-from trainer.data.loader import Repeated, rest_of_epoch, shard
+from trainer.data.iterable import Stream, length_of
+from trainer.data.loader import Repeated, rest_of_epoch, shard, stream_of
 from trainer.data.samplers import Cut, RankedBatchSampler
-from trainer.data.script_samplers import OwnBatches
+from trainer.data.script_samplers import DrawnBatches, OwnBatches, kept_generators
 from trainer.device import count_samples, to_device
 from trainer.model import Batch
 from trainer.seeding import forked_rng
+from trainer.signals import Stopped
 
 
 class Batches:
@@ -22,6 +25,9 @@ class Batches:
 
     restored_position: dict[str, Any] | None = None  # what a checkpoint says of the epoch under way, until it is used
     _cut: Cut | None = None
+    # what reads the loader of the training, and that of the evaluation, if it cannot be set to a place
+    _train_stream: Stream | None = None
+    _eval_stream: Stream | None = None
 
     def take_data(
         self,
@@ -62,9 +68,15 @@ class Batches:
         setattr(self, name, loader)
         if not is_eval:
             self._find_place()
-        if len(loader) == 0:
+        if length_of(loader) == 0:
             raise ValueError(f"the {name} has no batch: check its samples, and drop_last with its batch size")
         return loader
+
+    def end_workers(self) -> None:
+        """End workers that are kept from epoch to epoch; those that the garbage collector ends take seconds each."""
+        for loader in (self.train_loader, self.eval_loader):
+            if isinstance(loader, DataLoader) and loader._iterator is not None:
+                vars(loader)["_iterator"] = None
 
     def _new_loader(self, is_eval: bool) -> DataLoader:
         name, samples = ("eval_samples", self.eval_samples) if is_eval else ("train_samples", self.train_samples)
@@ -80,36 +92,69 @@ class Batches:
             remedy = "give some, or set run_eval=False" if is_eval else "give some, or a train_loader"
             raise ValueError(f"{name}=None, and get_data_loader needs them ({error}): {remedy}") from error
 
-    def epoch_length(self, loader: DataLoader) -> int:
-        """Batches of the epoch under way, on the rank that has most of them.
+    def epoch_length(self, loader: DataLoader) -> float:
+        """Batches of the epoch under way, on the rank that has most of them; infinity if nobody knows.
 
         Raises:
             ValueError: the Trainer splits the data set, and ranks have different ones.
         """
-        lengths = self.ranks.gather(len(loader))
+        lengths = self.ranks.gather(length_of(loader))
         sampler = getattr(loader, "batch_sampler", None)
         is_split_here = isinstance(sampler, RankedBatchSampler) and not isinstance(sampler, OwnBatches)
         if is_split_here and len(set(lengths)) > 1:
             raise ValueError(f"the ranks have {lengths} batches: give all of them the same data set")
         return max(lengths)
 
-    def rest_of_epoch(self, loader: DataLoader, epoch: int, start: int) -> Iterator[Any]:
-        """The batches of an epoch from ``start`` on."""
+    def updates_in(self, batches: float) -> float:
+        """The updates that so many batches make; infinity for infinity."""
+        return batches if batches == math.inf else math.ceil(max(0, batches) / self.args.grad_accum_steps)
+
+    def rest_of_epoch(self, loader: DataLoader, epoch: int, start: int, is_training: bool = False) -> Iterator[Any]:
+        """The batches of an epoch from ``start`` on; ``is_training``: what a checkpoint says of it is used."""
         cut = self._cut_of(epoch)
         if loader is not self.train_loader or (cut and start < cut.batches):
             cut = None
-        gather = self.ranks.gather if self.ranks.world_size > 1 else None
-        return rest_of_epoch(loader, epoch, start, self.config.training_seed, cut, gather)
+        several = self.ranks.world_size > 1
+        gather = self.ranks.gather if several else None
+        # of several ranks, others may have their batch, and wait for this rank in the update
+        heard = None if several else self._signals.heard
+        stream = self._stream_of(loader, is_training)
+        return rest_of_epoch(loader, epoch, start, self.config.training_seed, cut, gather, stream, heard)
+
+    def _stream_of(self, loader: DataLoader, is_training: bool) -> Stream | None:
+        """What reads a loader that cannot be set to a place, and knows where it is; kept from epoch to epoch."""
+        name = "_train_stream" if is_training else "_eval_stream"
+        stream = getattr(self, name)
+        if stream is None or stream.loader is not loader:
+            stream = stream_of(loader, self.config.training_seed, self.ranks.rank, self.args.grad_accum_steps)
+            setattr(self, name, stream)
+        return stream
 
     def windows(self, loader: DataLoader) -> Iterator[list[Any]]:
-        """The rest of this epoch's batches, in lists of grad_accum_steps."""
-        if self.args.overfit_batch:
-            first = next(self.rest_of_epoch(loader, 0, 0))
-            batches = (copy.deepcopy(first) for _ in range(self.epoch_length(loader) - self.batches_done))
-        else:
-            batches = self.rest_of_epoch(loader, self.epochs_done, self.batches_done)
-        while window := list(itertools.islice(batches, self.args.grad_accum_steps)):
-            yield window
+        """The rest of this epoch's batches, in lists of grad_accum_steps; after a signal, none that is waited for."""
+        try:
+            if self.args.overfit_batch:
+                with forked_rng(self._seed):  # the same batch in every epoch, and after a stop in its middle
+                    first, n = next(self.rest_of_epoch(loader, 0, 0)), self.epoch_length(loader)
+                n = self.args.grad_accum_steps if n == math.inf else n  # one update, where nobody knows
+                batches = (copy.deepcopy(first) for _ in range(n - self.batches_done))
+            else:
+                batches = self.rest_of_epoch(loader, self.epochs_done, self.batches_done, is_training=True)
+            while window := list(itertools.islice(batches, self.args.grad_accum_steps)):
+                yield window
+        except Stopped:  # what was read of a window is read again
+            return
+
+    def evaluation_batches(self, loader: DataLoader) -> Iterator[Any]:
+        """The batches of an evaluation, until a rank has heard of a signal; with overfit_batch, the training's one."""
+        try:
+            for batch in itertools.islice(self.rest_of_epoch(loader, 0, 0), 1 if self.args.overfit_batch else None):
+                self._agreed = self.ranks.agree(0, self._signals.received).signal
+                if self._signal is not None:
+                    return
+                yield batch
+        except Stopped:
+            return
 
     def format_batch(self, batch: Any) -> Batch:
         """The loader's batch through format_batch, onto the device, through format_batch_on_device."""
@@ -129,7 +174,10 @@ class Batches:
     # ---- the place in the epoch, for a run that goes on with another number of ranks or batch size ----
 
     def position(self) -> dict[str, Any] | None:
-        """How much of the epoch under way is done, in samples; None before there is a training loader."""
+        """How much of the epoch under way is done, in samples; None before there is a training loader.
+
+        All ranks call it together: each adds the state of what it reads, if its loader cannot be set to a place.
+        """
         if self.restored_position is not None or self.train_loader is None:
             return self.restored_position
         sampler, size, cut = self._sampler(), self._global_size(), self._cut_of(self.epochs_done)
@@ -137,7 +185,11 @@ class Batches:
         if sampler is not None and self.batches_done:
             sampler.set_epoch(self.epochs_done, cut=cut)
             samples = sampler.samples_in(self.batches_done)
-        return {"samples": samples, "global_size": size, "cut": cut and dataclasses.asdict(cut)}
+        position = {"samples": samples, "global_size": size, "cut": cut and dataclasses.asdict(cut)}
+        if (stream := self._stream_of(self.train_loader, is_training=True)) is not None:
+            states = self.ranks.gather(stream.state_dict(self.epochs_done, self.batches_done))
+            position |= {"streams": states} if any(states) else {}
+        return position
 
     def _sampler(self) -> RankedBatchSampler | None:
         """The training loader's, if it can be set to a place."""
@@ -156,10 +208,31 @@ class Batches:
     def _find_place(self) -> None:
         """Tell the training loader where the epoch under way goes on."""
         position, self.restored_position = self.restored_position, None
-        if position and self.batches_done:
-            self._go_on(**position)
+        if position:
+            if self.batches_done:
+                self._go_on(position["samples"], position["global_size"], position["cut"])
+                if getattr(self.train_loader, "in_order", True) is False and self.train_loader.num_workers > 1:
+                    self.c_logger.warn(
+                        "in_order=False: its batches come as the workers get ready, so that in the rest of this epoch "
+                        "samples may come twice or be left out"
+                    )
+            if (stream := self._stream_of(self.train_loader, is_training=True)) is not None:
+                self._go_on_reading(stream, position)
         if (sampler := self._sampler()) is not None:
             sampler.set_epoch(self.epochs_done, self.batches_done, self._cut_of(self.epochs_done))
+            if position and isinstance(sampler, DrawnBatches) and not sampler.is_repeatable():
+                self.c_logger.warn(
+                    "the sampler gives another order each time, which a checkpoint does not hold: the order of samples "
+                    "is not that of a run without the stop; let it draw from the epoch (set_epoch), or from the global "
+                    "generators of python, numpy or torch"
+                )
+            if position and (kept := kept_generators(self.train_loader.dataset)):
+                self.c_logger.warn(
+                    f"{type(self.train_loader.dataset).__name__} keeps random generators of its own "
+                    f"({', '.join(kept)}), whose states no checkpoint holds: what it draws is not that of a run "
+                    "without the stop; let it draw from the global generators of python, numpy or torch, which are "
+                    "seeded for each sample"
+                )
 
     def _go_on(self, samples: int, global_size: int, cut: dict[str, int] | None) -> None:
         """Find a checkpoint's place in its epoch."""
@@ -177,3 +250,20 @@ class Batches:
             size = before.global_size if before else global_size
             self._cut = Cut(self.epochs_done, size, samples, self.batches_done)
             self.c_logger.print(f"{change}: each of its other samples still comes once")
+
+    def _go_on_reading(self, stream: Stream, position: dict[str, Any]) -> None:
+        """Set what cannot be set to a place to a checkpoint's state; say what is lost where that cannot be done."""
+        states, is_same_size = position.get("streams", []), position["global_size"] == self._global_size()
+        fits = is_same_size and len(states) == self.ranks.world_size
+        problem = stream.load_state_dict(states[self.ranks.rank] if fits else None)
+        if problem is None or not self.batches_done or not is_same_size:  # of another size, _go_on has told
+            return
+        again = f"{problem}: the {self.batches_done} batches of this epoch that are done are read again, and dropped"
+        if states:
+            self.c_logger.warn(f"{again}; in the rest of the epoch samples may come twice or be left out")
+        else:
+            self.c_logger.warn(
+                f"{again}; the rest of the epoch is as without the stop if there are as many workers as before, and if "
+                "what is read depends on nothing but them, the epoch (set_epoch) and the global generators of python, "
+                "numpy and torch, which are seeded for each batch"
+            )

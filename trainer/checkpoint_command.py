@@ -1,7 +1,6 @@
-"""``python -m trainer.checkpoint``: what a checkpoint holds, and the small file of its weights for inference."""
+"""``python -m trainer.checkpoint``: what a checkpoint holds, whether it is sound, and the small file of its weights."""
 
 import argparse
-import io
 import math
 import sys
 from collections import Counter
@@ -9,18 +8,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import torch
 
-from trainer.checkpoint import FORMAT_VERSION, load_checkpoint, write_file
+from trainer.checkpoint_file import load_checkpoint, load_sound, save_checkpoint
 from trainer.restore import best_loss_of, is_coquis
+from trainer.storage import as_path, exists, is_local, list_files
 
 _MAIN_FIELDS = ("model", "run_name", "epochs", "max_steps", "batch_size", "optimizer", "lr", "lr_scheduler")
 _MAIN_FIELDS += ("grad_clip", "mixed_precision", "precision", "ema_decay", "training_seed")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run ``inspect`` or ``strip``; returns the exit code, 1 when a file cannot be read or written."""
+    """Run a command; returns the exit code, 1 when a file is damaged or cannot be written."""
     parser = argparse.ArgumentParser(prog="python -m trainer.checkpoint", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     inspecting = commands.add_parser("inspect", help="print what a checkpoint holds", allow_abbrev=False)
@@ -31,8 +30,14 @@ def main(arguments: list[str] | None = None) -> int:
     stripping.add_argument("--output", help="the file to write (default: FILE's name with _stripped, beside it)")
     stripping.add_argument("--raw", action="store_true", help="take the weights themselves, not their average (EMA)")
     stripping.add_argument("--force", action="store_true", help="overwrite the output if it is there")
+    verifying = commands.add_parser("verify", help="compare checkpoints with their SHA-256", allow_abbrev=False)
+    verifying.add_argument("run", help="a run's folder, or a checkpoint; a path or URL")
     options = parser.parse_args(arguments)
     try:
+        if options.command == "verify":
+            lines, all_sound = verify(options.run)
+            print("\n".join(lines))
+            return 0 if all_sound else 1
         if options.command == "inspect":
             lines = inspect(options.file, options.tensors)
         else:
@@ -99,27 +104,68 @@ def strip(path: str, output: str | None = None, raw: bool = False, force: bool =
         ValueError: it is damaged, or no checkpoint; or ``output`` is the checkpoint itself.
     """
     output = output or f"{path.removesuffix(Path(path).suffix)}_stripped.pth"
-    (source, source_path), (target, target_path) = fsspec.core.url_to_fs(path), fsspec.core.url_to_fs(output)
-    if (type(source), source_path) == (type(target), target_path):
+    source, target = as_path(path).absolute(), as_path(output).absolute()
+    if source == target:
         raise ValueError(f"output={output!r}: is the checkpoint itself; choose another name")
-    if not force and target.exists(target_path):
+    if not force and exists(target):
         raise FileExistsError(f"{output}: is there already; --force overwrites it")
-    state = load_checkpoint(path, mapped=True)
+    state, _ = load_sound(source)  # compared: the new file gets a sum of its own, which must not cover up damage
     weights, averaged = state["model"], state.get("ema") if not raw else None
     if averaged:
         weights = {name: _as(averaged["weights"].get(name, value), value) for name, value in weights.items()}
-    small = {"format": FORMAT_VERSION, "model": weights}
+    small = {"model": weights}
     if "config" in state:
         small["config"] = state["config"]
-    if target.protocol[0] == "file":
-        write_file(Path(target_path), lambda file: torch.save(small, file))
-    else:
-        buffer = io.BytesIO()
-        torch.save(small, buffer)
-        target.pipe_file(target_path, buffer.getvalue())  # a store shows the file only when it is there whole
+    save_checkpoint(small, output)
     before, after = _size_of(path), _size_of(output)
     what = "averaged weights (EMA)" if averaged else "weights"
     return f"{output}: {what} and config, {_megabytes(before)} -> {_megabytes(after)} ({after / before:.0%})"
+
+
+def verify(run: str) -> tuple[list[str], bool]:
+    """Compare every checkpoint of a run, or one, with the SHA-256 that was recorded when it was written.
+
+    Args:
+        run: path or URL of a run's folder, or of a checkpoint.
+
+    Returns:
+        a line for each file, and whether all are sound.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder, or it holds no checkpoint.
+    """
+    path = as_path(run)
+    is_file = path.suffix == ".pth" or (is_local(path) and path.is_file())
+    there = [path] if is_file else [entry.path for entry in list_files(path) if entry.path.suffix == ".pth"]
+    # what gave a NaN lies there too
+    found = there if is_file else [file for file in there if not file.name.startswith("bad_batch_")]
+    if not found:
+        raise FileNotFoundError(f"{run}: holds no checkpoint")
+    files = sorted(found, key=_step_of)
+    lines, all_sound = [], True
+    for file in files:
+        verdict, is_sound = _verdict(file)
+        lines.append(f"{file.name}: {verdict}")
+        all_sound = all_sound and is_sound
+    if not is_file:
+        lines.append(f"{len(files)} checkpoints: " + ("all sound" if all_sound else "NOT all sound"))
+    return lines, all_sound
+
+
+def _step_of(path: Path) -> tuple[str, int]:
+    name, _, number = path.stem.rpartition("_")
+    return (name, int(number)) if number.isdecimal() else (path.stem, 0)
+
+
+def _verdict(path: Path) -> tuple[str, bool]:
+    try:
+        state, is_summed = load_sound(path)
+    except ValueError as error:
+        return str(error).removeprefix(f"{path}: "), False
+    step = f"step {state['step']}, " if "step" in state else ""
+    if is_summed:
+        return f"sound ({step}SHA-256 as recorded)", True
+    return f"readable ({step}format {state.get('format', 'unknown')} records no SHA-256)", True
 
 
 def _as(averaged: Any, value: Any) -> Any:
@@ -128,8 +174,7 @@ def _as(averaged: Any, value: Any) -> Any:
 
 
 def _size_of(path: str) -> int:
-    filesystem, inner = fsspec.core.url_to_fs(path)
-    return filesystem.size(inner)
+    return as_path(path).stat().st_size
 
 
 def _megabytes(size: int) -> str:

@@ -92,10 +92,20 @@ class TrainerConfig(CheckedConfig):
 
     # checkpoints
     save_step: int = field(10000, "Save a checkpoint every N updates.", unit="updates", min=1)
+    save_minutes: float | None = field(
+        None, "Save a checkpoint when the last one is M minutes old as well.", unit="min", min=0
+    )
     save_n_checkpoints: int = field(5, "Keep the newest N checkpoints.", min=1)
+    save_max_age: float | None = field(
+        None, "Delete checkpoints that are older than this, but for the newest.", unit="hours", min=0
+    )
+    save_async: bool = field(True, "Write checkpoints in a thread; the training waits for a copy in memory only.")
     save_checkpoints: bool = field(True, "Save checkpoints; without them a run cannot be continued.")
-    save_on_interrupt: bool = field(True, "Save a checkpoint on Ctrl-C and SIGTERM.")
+    save_on_interrupt: bool = field(True, "Save a checkpoint on Ctrl-C, SIGTERM and SIGUSR1.")
     save_all_best: bool = field(False, "Keep every best model as best_model_STEP.pth too.")
+    save_n_best: int | None = field(
+        None, "Keep the N models with the lowest loss, as best_model_STEP.pth.", unit="models", min=1
+    )
     save_best_after: int = field(0, "Save no best model before this update.", unit="updates", min=0)
     reinit_layers: list[str] | None = field(
         None, "With restore_path: parameters whose name contains one of these words keep their fresh values."
@@ -149,6 +159,9 @@ class TrainerConfig(CheckedConfig):
         choices=("raise", "skip"),
     )
     nan_skip_limit: int = field(10, "With nan_policy=skip: stop when so many updates in a row were skipped.", min=1)
+    deterministic: bool | None = field(
+        None, "Use deterministic algorithms only, so that runs repeat bit for bit; none means on the CPU, not on GPUs."
+    )
     allow_tf32: bool = field(False, "Let GPUs multiply fp32 matrices in TF32: faster, 10 bits of mantissa.")
     cudnn_enable: bool = field(True, "Use cuDNN.")
     cudnn_deterministic: bool = field(False, "Let cuDNN choose deterministic kernels only; slower.")
@@ -197,9 +210,18 @@ class TrainerConfig(CheckedConfig):
     def check(self, complete: bool = True) -> None:
         """As for every config; also that fields which belong together go together."""
         super().check(complete)
+        if self.save_all_best and self.save_n_best is not None:
+            problem = f"save_n_best={self.save_n_best}: goes without save_all_best, which deletes none; choose one"
+            raise ConfigError([problem], type(self).__name__)
         if self.optimizer_modules is not None and self.optimizer is None:
             problem = (
                 f"optimizer_modules={self.optimizer_modules!r}: goes with optimizer, which is None; name one there, or "
                 "leave the modules to the model's get_optimizer()"
+            )
+            raise ConfigError([problem], type(self).__name__)
+        if self.deterministic and self.cudnn_benchmark:
+            problem = (
+                "cudnn_benchmark=True: the kernels that are fastest today may be others tomorrow; switch it off, or "
+                "deterministic"
             )
             raise ConfigError([problem], type(self).__name__)

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import fsspec
 import torch
 
-from trainer.checkpoint import write_file
 from trainer.optimizers import get_lr, new_optimizer, new_scheduler, reset_lr
 from trainer.restore import fit_weights, report, summary, under_own_names
+from trainer.storage import write_file
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -140,11 +140,7 @@ def save_fsspec(state: Any, path: str | os.PathLike, **options: Any) -> None:
     """``torch.save`` to a path or URL; a file that is there already stays until the new one is whole."""
     buffer = io.BytesIO()
     torch.save(state, buffer, **options)
-    if "://" not in str(path):
-        write_file(Path(path), lambda file: file.write(buffer.getbuffer()))
-        return
-    with fsspec.open(str(path), "wb") as file:
-        file.write(buffer.getbuffer())
+    write_file(os.fspath(path), lambda file: file.write(buffer.getbuffer()))
 
 
 def get_user_data_dir(appname: str) -> Path:

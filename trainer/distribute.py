@@ -6,8 +6,8 @@
 
 A front to torch's elastic launcher. Its flags may stand anywhere before a ``--``; everything else is handed to the
 script as it is. Without a script the ranks check that they can work together (trainer/preflight.py). When a rank fails,
-the others are stopped, its traceback is shown last, and the exit code is not 0. Ctrl-C and SIGTERM are passed on to the
-ranks, which save and exit. docs/distributed.md tells the rest.
+the others are stopped, its traceback is shown last, and the exit code is not 0. Ctrl-C, SIGTERM and SIGUSR1 are passed
+on to the ranks, which save and exit. docs/distributed.md tells the rest.
 """
 
 import argparse
@@ -23,6 +23,8 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from trainer.provenance import as_a_shell_calls
 
 FLAGS = (
     *("--script", "--gpus", "--nproc", "--device", "--max_restarts", "--log_dir"),
@@ -96,7 +98,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.script is None and nproc * job.max_nodes == 1:
         parser.error("no script, and one rank: the check needs two or more, such as --nproc 2 --device cpu")
     os.environ.update(environment)
-    os.environ["TRAINER_LAUNCHER"] = shlex.join(["python", "-m", "trainer.distribute", *_without_script(own)])
+    launcher = shlex.join(["-m", "trainer.distribute", *_without_script(own)])
+    os.environ["TRAINER_LAUNCHER"] = f"{as_a_shell_calls('python')} {launcher}"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // nproc)))
     from trainer import agent  # heavy: --help and wrong arguments come without torch
@@ -112,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
         "a script: check that the ranks can work together, and measure how fast.",
         epilog="All other arguments are handed to the script; after -- these flags as well. Exit code: 0; 2 for wrong "
         "arguments; 1 when machines did not find each other; that of the rank that failed first (128 + N if signal N "
-        "killed it); 130 after Ctrl-C, 143 after SIGTERM.",
+        "killed it); 130 after Ctrl-C, 143 after SIGTERM, 138 after SIGUSR1.",
         allow_abbrev=False,
     )
     parser.add_argument("--script", help="the training script; or the first argument")

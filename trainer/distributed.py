@@ -50,12 +50,13 @@ class Agreement:
         world_size: number of ranks.
         samples: of this rank.
         signal: that this rank received.
+        save: whether this rank finds that a checkpoint is due.
         group: of processes on the hosts.
     """
 
-    def __init__(self, world_size: int, samples: float, signal: int | None, group: Any) -> None:
-        self._mine = torch.tensor([samples, signal or 0], dtype=torch.float64) if world_size > 1 else None
-        self._samples, self._signal, self._work = samples, signal, None
+    def __init__(self, world_size: int, samples: float, signal: int | None, save: bool, group: Any) -> None:
+        self._mine = torch.tensor([samples, signal or 0, save], dtype=torch.float64) if world_size > 1 else None
+        self._samples, self._signal, self._save, self._work = samples, signal, save, None
         if self._mine is not None:
             self._all = [torch.empty_like(self._mine) for _ in range(world_size)]
             self._work = dist.all_gather(self._all, self._mine, group=group, async_op=True)
@@ -63,8 +64,9 @@ class Agreement:
     def _wait(self) -> None:
         if self._work is not None:
             self._work.wait()
-            samples, signals = zip(*(numbers.tolist() for numbers in self._all))
-            self._samples, self._signal, self._work = sum(samples), int(max(signals)) or None, None
+            samples, signals, saves = zip(*(numbers.tolist() for numbers in self._all))
+            self._samples, self._signal, self._save = sum(samples), int(max(signals)) or None, any(saves)
+            self._work = None
 
     @property
     def samples(self) -> float:
@@ -77,6 +79,12 @@ class Agreement:
         """The highest number of the signals; None when no rank received one."""
         self._wait()
         return self._signal
+
+    @property
+    def save(self) -> bool:
+        """Whether any rank finds that a checkpoint is due."""
+        self._wait()
+        return self._save
 
 
 class Ranks:
@@ -196,15 +204,15 @@ class Ranks:
 
     # ---- every update ----
 
-    def agree(self, samples: float, signal: int | None = None) -> "Agreement":
-        """Begin to tell each other what an update needs: its samples on all ranks, and a signal that any received.
+    def agree(self, samples: float, signal: int | None = None, save: bool = False) -> "Agreement":
+        """Begin to tell each other what an update needs: its samples on all ranks, a signal that any received, a save.
 
-        One collective of two numbers between the hosts; it goes on during the forward pass, until somebody looks. A
+        One collective of three numbers between the hosts; it goes on during the forward pass, until somebody looks. A
         micro-batch of n samples is weighted by n / agreement.samples.
         """
         if self.world_size > 1:
             self.roll_call.here()
-        return Agreement(self.world_size, samples, signal, self._host_group)
+        return Agreement(self.world_size, samples, signal, save, self._host_group)
 
     def highest(self, numbers: list[int]) -> list[int]:
         """The highest number over the ranks at each position, by one collective between the hosts."""
@@ -285,13 +293,6 @@ class Ranks:
             return "nccl" if device.type == "cuda" else "gloo"
         return self._backend
 
-    def sum_values(self, values: Any) -> Any:
-        """Sum numbers in nested dicts over the ranks, in the order of the ranks; a rank may lack some of the names.
-
-        Averages of all ranks: ``merged.load_state_dict(ranks.sum_values(averages.state_dict()))``.
-        """
-        return values if self.world_size == 1 else _sum_nested(self.gather(values))
-
     def gather(self, value: Any) -> list[Any]:
         """A picklable value of each rank, in the order of the ranks, on all ranks (random states, lengths)."""
         if self.world_size == 1:
@@ -337,13 +338,6 @@ def _persistent_buffers(model: nn.Module) -> list[torch.Tensor]:
         if buffer is not None and name not in module._non_persistent_buffers_set
     }
     return list(found.values())
-
-
-def _sum_nested(values: list[Any]) -> Any:
-    if not isinstance(values[0], dict):
-        return sum(values)
-    names = dict.fromkeys(name for value in values for name in value)
-    return {name: _sum_nested([value[name] for value in values if name in value]) for name in names}
 
 
 def _buckets(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:

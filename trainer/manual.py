@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trainer.averages import named
+from trainer.averages import scalars
 from trainer.optimizers import parameters_of, step_schedulers
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class ManualOptimization:
                 found, losses = trainer.model.optimize(batch, trainer)
             step_schedulers(trainer.scheduler, trainer.scheduler_units, "step", self._stepped - trainer.own_schedulers)
             if losses:
-                trainer.keep_avg_train.add(trainer.total_steps_done + 1, named(losses, None, {}), n)
+                trainer.keep_avg_train.add(trainer.total_steps_done + 1, scalars(losses), n)
                 outputs = found or {}
         if self._held:  # by optimizers for which the last batch did not ask
             self._stepped.clear()

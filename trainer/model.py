@@ -248,7 +248,7 @@ class TrainerModel(nn.Module):
         """An update begins."""
 
     def on_train_step_end(self, trainer: "Trainer") -> None:
-        """An update is done and counted."""
+        """An update is done, counted, logged, and saved where that is due."""
 
     def before_backward_pass(self, loss_dict: dict, optimizer: Any) -> None:
         """A batch's losses are computed; ``optimizer`` is the Trainer's list."""
@@ -269,4 +269,4 @@ class TrainerModel(nn.Module):
         """An evaluation batch is done."""
 
     def on_keyboard_interrupt(self, trainer: "Trainer") -> None:
-        """Ctrl-C or SIGTERM arrived; the checkpoint is saved."""
+        """Ctrl-C, SIGTERM or SIGUSR1 arrived; the checkpoint is saved."""

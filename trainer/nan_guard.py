@@ -59,7 +59,7 @@ class NanGuard:
         self.folder: Path | None = None  # where bad batches are saved
         self.suffix = ""  # of their files' names: one for each rank
         self.skipped = 0
-        self._in_a_row, self._overflows_in_a_row = collections.Counter(), collections.Counter()
+        self._in_a_row, self._overflows_in_a_row = collections.Counter(), collections.Counter()  # by optimizer
         self._step, self._batches, self._losses = 0, [], []
         self._buffers: dict[str, torch.Tensor] = {}
         self._bad: torch.Tensor | None = None  # 1.0 from the first bad update on
@@ -83,8 +83,8 @@ class NanGuard:
         losses, self._losses = self._losses, []
         return torch.stack(losses).float().sum() if losses else torch.zeros((), device=self._device)
 
-    def allows(self, optimizer: Optimizer, losses: torch.Tensor, norm: torch.Tensor) -> bool:
-        """Whether the optimizer may step, after losses of this sum and with unscaled gradients of this norm.
+    def allows(self, idx: int, optimizer: Optimizer, losses: torch.Tensor, norm: torch.Tensor) -> bool:
+        """Whether optimizer ``idx`` may step, after losses of this sum and with unscaled gradients of this norm.
 
         Raises:
             FloatingPointError: a loss or a gradient is not finite, and the policy is to stop.
@@ -92,19 +92,19 @@ class NanGuard:
         if self._is_deferred(optimizer):
             self._defer(optimizer, losses, norm)
             return True
-        key, (loss, norm) = id(optimizer), self._read([losses, norm])
+        loss, norm = self._read([losses, norm])
         if math.isfinite(loss) and math.isfinite(norm):
-            self._in_a_row[key] = self._overflows_in_a_row[key] = 0
+            self._in_a_row[idx] = self._overflows_in_a_row[idx] = 0
             return True
-        if math.isfinite(loss) and self._precision.scaling and self._overflows_in_a_row[key] < MAX_OVERFLOWS:
-            self._overflows_in_a_row[key] += 1
+        if math.isfinite(loss) and self._precision.scaling and self._overflows_in_a_row[idx] < MAX_OVERFLOWS:
+            self._overflows_in_a_row[idx] += 1
             self._precision.overflows += 1  # not the loss, but its scale was too large: it will be halved
             return False
-        self._in_a_row[key] += 1
+        self._in_a_row[idx] += 1
         parameter = self._first_bad_parameter()
         what = f"gradient norm is {norm}" if math.isfinite(loss) else f"loss is {loss}"
-        if not self._skips or self._in_a_row[key] >= self._limit:
-            row = f" (bad update number {self._in_a_row[key]} in a row)" if self._in_a_row[key] > 1 else ""
+        if not self._skips or self._in_a_row[idx] >= self._limit:
+            row = f" (bad update number {self._in_a_row[idx]} in a row)" if self._in_a_row[idx] > 1 else ""
             self._stop(self._step, what + row, parameter, self._batches)
         logger.warning("step %d: %s%s; this update is skipped", self._step, what, _first(parameter))
         self.skipped += 1
@@ -126,14 +126,16 @@ class NanGuard:
         """What is worth logging."""
         return {"skipped_updates": self.skipped} if self._skips else {}
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """The counts."""
-        return {"skipped": self.skipped, "overflows": self._precision.overflows}
+        in_a_row = {"in_a_row": dict(self._in_a_row), "overflows_in_a_row": dict(self._overflows_in_a_row)}
+        return {"skipped": self.skipped, "overflows": self._precision.overflows, **in_a_row}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on counting."""
-        self.skipped = state["skipped"]
-        self._precision.overflows = state["overflows"]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on counting; earlier states do not say how many were in a row."""
+        self.skipped, self._precision.overflows = state["skipped"], state["overflows"]
+        self._in_a_row = collections.Counter(state.get("in_a_row", {}))
+        self._overflows_in_a_row = collections.Counter(state.get("overflows_in_a_row", {}))
 
     def _read(self, tensors: list[torch.Tensor]) -> list[float]:
         if self.reads_are_free:

@@ -1,10 +1,21 @@
-"""What a run records of where it comes from. Here: its folder, named after the time and the code's commit."""
+"""What a run records of where it comes from: its folder's name, of time and commit; the programs of its Python."""
 
 import datetime
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+
+def as_a_shell_calls(program: str) -> str:
+    """``python`` or a program of its environment, for a command to print: with its path unless a shell finds it."""
+    own = Path(sys.executable) if program == "python" else Path(sys.executable).with_name(program)
+    found = shutil.which(program)
+    if (found is not None and Path(found).absolute() == own) or not own.is_file():
+        return program
+    return shlex.quote(str(own))
 
 
 def git_commit(folder: Path) -> str:

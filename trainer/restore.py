@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trainer.checked_config import nearest
-from trainer.seeding import restore_rng_state
+from trainer.seeding import arithmetic_changes, restore_rng_state
 from trainer.sharded import full_state
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 # what a Trainer has only when the config asks for it, None otherwise; a checkpoint holds it under the same name
 OPTIONAL_PARTS = ("ema", "early_stopping", "guard")
+COUNTING_ARGS = ("grad_accum_steps", "overfit_batch", "small_run")  # what an update is made of, besides the config
 LOADED, RESIZED, REINITIALIZED, SKIPPED, MISSING = "loaded", "resized", "reinitialized", "skipped", "missing"
 
 
@@ -273,19 +274,11 @@ def continue_run(
             part.load_state_dict(state[key][name])
     if trainer.precision.scaler.is_enabled():
         trainer.precision.scaler.load_state_dict(state["scaler"])
-    trainer.total_steps_done, trainer.epochs_done = state["step"], state["epoch"]
-    trainer.batches_done, trainer.stepped_optimizers = state["batches_done"], set(state["stepped"])
-    trainer.restored_position = state.get("position")
-    trainer.last_eval_step = state["eval_step"]
-    trainer.keep_avg_train.load_state_dict(state["averages"])
+    _take_place(trainer, state)
     if best_loss is not None:
         # a run that was not evaluated before has no best loss of that kind yet
         unknown = {"eval_loss": math.inf} if trainer.config.run_eval and best_loss["eval_loss"] is None else {}
         trainer.best_loss = {**best_loss, **unknown}
-    for name in ("lr", "optimizer_params", "lr_scheduler_params"):
-        before, now = state.get("config", {}).get(name), getattr(trainer.config, name)
-        if before is not None and before != now:
-            trainer.c_logger.warn(f"{name}={now!r}: a run that is continued keeps what it had ({before!r})")
     epoch = state["epoch"] + 1
     trainer.c_logger.print(f"continuing from {source}: step {state['step']}, epoch {epoch}")
     if foreign:
@@ -293,8 +286,39 @@ def continue_run(
             f"written by Coqui's Trainer, which keeps no position in an epoch and no random states: epoch {epoch} "
             f"begins again, with other random numbers, even if it had been finished"
         )
+    _tell_of_changes(trainer, state)
     _restore_optional(trainer, state)
     _restore_rng(trainer, state["rng"])
+    trainer.rewind_logs(state)
+
+
+def _take_place(trainer: "Trainer", state: Mapping[str, Any]) -> None:
+    """How far the run is. Checkpoints of older formats lack what was not in them."""
+    trainer.total_steps_done, trainer.epochs_done = state["step"], state["epoch"]
+    trainer.batches_done, trainer.stepped_optimizers = state["batches_done"], set(state["stepped"])
+    trainer.own_schedulers = set(state.get("own_schedulers", []))
+    trainer.restored_position = state.get("position")
+    trainer.last_eval_step, trainer.last_test_step = state["eval_step"], state.get("test_step", -1)
+    trainer.best_models = state.get("best_models", {})
+    trainer.keep_avg_train.load_state_dict(state["averages"])
+
+
+def _tell_of_changes(trainer: "Trainer", state: Mapping[str, Any]) -> None:
+    """Say what of the run's settings is not as before, and what that means."""
+    for name in ("lr", "optimizer_params", "lr_scheduler_params"):
+        before, now = state.get("config", {}).get(name), getattr(trainer.config, name)
+        if before is not None and before != now:
+            trainer.c_logger.warn(f"{name}={now!r}: a run that is continued keeps what it had ({before!r})")
+    # another number of ranks may mean to accumulate otherwise
+    same_ranks = len(state["rng"]) == trainer.ranks.world_size
+    for name, before in state.get("args", {}).items() if same_ranks else ():
+        if (now := getattr(trainer.args, name)) != before:
+            trainer.c_logger.warn(
+                f"{name}={now!r}, before {before!r}: the updates are not those of a run that was never stopped; "
+                f"with --{name}={'none' if before is None else str(before).lower()} they are"
+            )
+    if "arithmetic" in state and (changes := arithmetic_changes(state["arithmetic"], trainer.device)):
+        trainer.c_logger.warn(f"going on exactly, but rounding otherwise than before: {'; '.join(changes)}")
 
 
 def _restore_optional(trainer: "Trainer", state: Mapping[str, Any]) -> None:

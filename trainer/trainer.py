@@ -1,7 +1,6 @@
 """The Trainer: fit, train_step, evaluate. Read it from top to bottom."""
 
 import functools
-import itertools
 import math
 import signal
 import time
@@ -13,7 +12,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from trainer import optimizers
-from trainer.averages import Averages, named
+from trainer.averages import Averages, scalars
 from trainer.batches import Batches
 from trainer.callbacks import Callbacks
 from trainer.command_line import parse_command_line
@@ -33,7 +32,8 @@ from trainer.nan_guard import NanGuard
 from trainer.precision import Precision
 from trainer.reducer import build_reducers
 from trainer.run import Run, check_types
-from trainer.seeding import set_backend_flags
+from trainer.saving import Saver
+from trainer.seeding import naming_indeterminate, set_backend_flags
 from trainer.signals import StopSignals
 from trainer.sync_batchnorm import BatchNormSync
 
@@ -85,7 +85,7 @@ class Trainer(Run, Batches, CoquiNames):
         several = self.ranks.world_size > 1
         local_rank = self.ranks.local_rank if several else None
         self.device = pick_device(config.device, gpu if args.gpu is None else args.gpu, local_rank)
-        set_backend_flags(config)
+        set_backend_flags(config, self.device)
         self.shards = shard(model, config, self.ranks, self.device)
         self.model = model if self.shards else model.to(self.device)
         self.take_data(train_samples, eval_samples, train_loader, eval_loader)
@@ -104,6 +104,7 @@ class Trainer(Run, Batches, CoquiNames):
         self.ema = None if config.ema_decay is None else EMA(model, config.ema_decay)
         patience = config.early_stopping_patience
         self.early_stopping = EarlyStopping(patience, config.early_stopping_min_delta) if patience else None
+        self.saver = Saver(self)
         self.callbacks = Callbacks(model, [*self.criterion, *self.optimizer], callbacks)
         self._clock, self._signals = StepClock(), StopSignals()
         self._agreed: int | None = None  # the signal that any rank has heard of
@@ -111,14 +112,14 @@ class Trainer(Run, Batches, CoquiNames):
         self.total_steps_done = 0  # updates
         self.epochs_done, self.batches_done = 0, 0  # batches of the epoch under way; all, while it is evaluated
         self.best_loss = {"train_loss": math.inf, "eval_loss": math.inf if config.run_eval else None}
+        self.best_models: dict[int, float] = {}  # with save_n_best, their losses by step
         gather = self.ranks.gather if several else None
         policy = "raise" if config.nan_policy == "raise" else "leave out"
-        self._averages = functools.partial(Averages, not_finite=policy, gather=gather)
+        self._averages = functools.partial(Averages, not_finite=policy, gather=gather, owners={})
         self.keep_avg_train, self.keep_avg_eval = self._averages(), self._averages()
         self.stepped_optimizers: set[int] = set()  # optimizers that made an update in this epoch
         self.own_schedulers: set[int] = set()  # those that the model's own optimize steps
         self.last_eval_step = -1  # the update that was evaluated last
-        self._loss_owners: dict[str, int] = {}
 
     # ---- fit ----
 
@@ -126,13 +127,13 @@ class Trainer(Run, Batches, CoquiNames):
         """Train, evaluate and test, epoch after epoch, until the config's epochs or max_steps are done.
 
         Raises:
-            SystemExit: Ctrl-C or SIGTERM came (exit code 130 or 143), and the run is saved.
+            SystemExit: Ctrl-C, SIGTERM or SIGUSR1 came (exit code 130, 143 or 138), and the run is saved.
             FloatingPointError: a loss or a gradient is not finite (see nan_policy).
         """
         self._agreed = None
         self.keep_avg_train.drop_unread()
         try:
-            with self.ranks.roll_call.naming_absent():
+            with self.ranks.roll_call.naming_absent(), naming_indeterminate():
                 self._start()
             if self._signal is not None:
                 self.callbacks("on_keyboard_interrupt", self)
@@ -145,6 +146,7 @@ class Trainer(Run, Batches, CoquiNames):
             self.close_run()
 
     def _start(self) -> None:
+        set_backend_flags(self.config, self.device)  # another Trainer may have been built since
         self.open_run()
         self.build_loaders()
         with self._signals:
@@ -153,18 +155,21 @@ class Trainer(Run, Batches, CoquiNames):
             if self.args.skip_train_epoch:
                 if self._signal is None:
                     self.test()
-            elif self._finished() and self._signal is None:
+            elif self._is_done() and not self._end_is_left() and self._signal is None:
                 self.c_logger.print("nothing left to train: raise epochs, or max_steps")
             else:
                 self._fit()
+            self.saver.wait()  # as long as a second signal ends it at once
 
     def _fit(self) -> None:
+        if self._signal is None:
+            self.fit_epoch()  # or only what its last update has left: see _start
         while not self._finished():
             self.fit_epoch()
         if self._signal is not None:
             self.c_logger.warn(f"stopped by {signal.Signals(self._signal).name}")
         if self.config.save_checkpoints and (self._signal is None or self.config.save_on_interrupt):
-            self.save_checkpoint()
+            self.saver.save_now()
 
     @property
     def _signal(self) -> int | None:
@@ -172,14 +177,11 @@ class Trainer(Run, Batches, CoquiNames):
         return self._signals.received if self.ranks.world_size == 1 else self._agreed
 
     def _finished(self) -> bool:
-        steps = math.inf if self.config.max_steps is None else self.config.max_steps
-        done = self.epochs_done >= self.config.epochs or self.total_steps_done >= steps
-        stopped = self.early_stopping is not None and self.early_stopping.should_stop
-        return done or stopped or self._signal is not None
+        return self._is_done() or self._signal is not None
 
     def fit_epoch(self) -> None:
         """One epoch, or what is left of it: train, evaluate, keep the best model, test."""
-        self.callbacks("on_epoch_start", self)
+        self.tell("on_epoch_start")
         batches = self.train_epoch()
         if self._signal is not None:
             return
@@ -190,34 +192,30 @@ class Trainer(Run, Batches, CoquiNames):
         elif not self.config.run_eval and self.last_eval_step != self.total_steps_done:
             self.last_eval_step = self.total_steps_done
             self.keep_best("train_loss", self.keep_avg_train.means, is_extra=not is_whole)
-        if self._signal is None and self.epochs_done >= self.config.test_delay_epochs and self._evaluation_is_due():
+        if self._signal is not None:
+            return
+        if self._test_is_due():
             self.test()
-        if self._signal is None and is_whole:
-            self.callbacks("on_epoch_end", self)
+        if is_whole:  # also if a signal came during the test, which would otherwise be logged again
+            self.tell("on_epoch_end")
             stepped = self.stepped_optimizers - self.own_schedulers
             optimizers.step_schedulers(self.scheduler, self.scheduler_units, "epoch", stepped)
+            self.log_epoch()  # not before: what is saved before the epoch is over logs it when it goes on
             self.epochs_done += 1
             self.batches_done = 0
             self.stepped_optimizers.clear()
-
-    def _evaluation_is_due(self) -> bool:
-        return self._epoch_is_due() or self._finished()
-
-    def _epoch_is_due(self) -> bool:
-        epoch = self.epochs_done + 1
-        return epoch % self.config.run_eval_epochs == 0 or epoch == self.config.epochs
 
     def train_epoch(self) -> int:
         """Train on the batches of this epoch that are not done yet; returns how many batches the epoch has."""
         loader, k = self.get_loader(is_eval=False), self.args.grad_accum_steps
         n = self.epoch_length(loader)
         done = math.ceil(self.batches_done / k)
-        updates = done + math.ceil(max(0, n - self.batches_done) / k)
+        updates = done + self.updates_in(n - self.batches_done)
         if self.batches_done == 0:
             self.keep_avg_train = self._averages()
         self.c_logger.start_epoch(self.epochs_done, self.config.epochs, updates, done)
         self.model.train()
-        self.callbacks("on_train_epoch_start", self)
+        self.tell("on_train_epoch_start")
         if self.batches_done:
             self.evaluate_if_step_is_due()  # saved, or stopped, before this was done
         self.precision.begin()
@@ -225,24 +223,22 @@ class Trainer(Run, Batches, CoquiNames):
         if self.manual is None:  # what an update that failed has left, or what belonged to no optimizer
             self.model.zero_grad(set_to_none=True)
         self._clock.restart()
-        for batches in self._clock.wait_for(self.windows(loader)):
+        is_over = self._is_done()  # goes on after its last update, or the evaluation above has stopped it early
+        for batches in self._clock.wait_for(() if is_over else self.windows(loader)):
             batch, outputs = self.train_step(batches)
             self.after_update(updates, batch, outputs)
+            self.callbacks("on_train_step_end", self)  # what it saves goes on behind the update, which is logged
             del batch, outputs  # not alive, with all that they hold, during the next forward pass
             if self._finished():
                 break
         else:
-            n = self.batches_done  # what the loader gave: its len() may be an estimate
+            n = n if is_over else self.batches_done  # what the loader gave: its len() may be an estimate
         self.guard.finish()
         self.keep_avg_train.read()
-        if not self.keep_avg_train.means:
+        if not self.keep_avg_train.means and self._signal is None:
             self.c_logger.warn(f"{type(self.model).__name__} returned no loss for any batch of the epoch")
         self.c_logger.end_epoch()
-        self.callbacks("on_train_epoch_end", self)
-        self.dashboard_logger.train_epoch_stats(self.total_steps_done, self.keep_avg_train.means)
-        if self.config.model_param_stats:
-            with self.gathered():
-                self.dashboard_logger.model_weights(self.model, self.total_steps_done)
+        self.tell("on_train_epoch_end")
         return n
 
     def train_step(self, batches: list[Any]) -> tuple[Batch, dict[str, Any] | None]:
@@ -257,17 +253,16 @@ class Trainer(Run, Batches, CoquiNames):
         self.guard.begin(self.total_steps_done + 1, batches)
         self._has_updated = False
         formatted, samples = zip(*map(self.prepare, batches))
-        agreement = self.ranks.agree(sum(samples), self._signals.received)
+        agreement = self.ranks.agree(sum(samples), self._signals.received, self.saver.minutes_are_over())
         optimize = self._optimize if self.manual is None else self.manual.run
         outputs = optimize(formatted, samples, agreement)
-        self._agreed = agreement.signal
+        self._agreed, self.saver.is_due = agreement.signal, agreement.save
         self.precision.update()
         self.ranks.broadcast_buffers(self.model)
         if self.ema is not None and self._has_updated:
             self.ema.update()
         self.total_steps_done += 1
         self.batches_done += len(batches)
-        self.callbacks("on_train_step_end", self)
         return formatted[-1], outputs
 
     def _optimize(self, batches: list[Batch], samples: list[int], agreement: Agreement) -> dict[str, Any] | None:
@@ -293,9 +288,7 @@ class Trainer(Run, Batches, CoquiNames):
                         self.precision.backward(losses["loss"], weight, inputs)
                 any_loss = True
                 self.guard.saw(losses["loss"])
-                self.keep_avg_train.add(
-                    self.total_steps_done + 1, named(losses, self._index(idx), self._loss_owners), n
-                )
+                self.keep_avg_train.add(self.total_steps_done + 1, scalars(losses), n, idx=self._index(idx))
                 outputs = {**(outputs or {}), **{f"{name}{suffix}": value for name, value in (found or {}).items()}}
             if self.update(idx, any_loss):
                 optimizers.step_schedulers(self.scheduler, self.scheduler_units, "step", {idx})
@@ -325,7 +318,7 @@ class Trainer(Run, Batches, CoquiNames):
         norm = optimizers.gradient_norm(optimizer)
         name = f"grad_norm{self._suffix(idx)}"
         self.keep_avg_train.add(self.total_steps_done + 1, {name: norm}, 1, must_be_finite=False)
-        if not self.guard.allows(optimizer, losses, norm):
+        if not self.guard.allows(idx, optimizer, losses, norm):
             return False
         optimizers.clip_gradients(optimizer, self._max_norms[idx], norm)
         optimizer.step()
@@ -338,24 +331,22 @@ class Trainer(Run, Batches, CoquiNames):
     def evaluate(self) -> dict[str, float] | None:
         """Mean losses over the evaluation samples, each sample counted once; None when Ctrl-C came in between."""
         self.open_run()
+        self.keep_avg_train.read()  # its names come before those of the evaluation, saved in between or not
         start, shown = time.perf_counter(), None
         # of an evaluation with a NaN, the mean is NaN: the model is not to be taken for the best
         keep = {} if self.config.nan_policy == "raise" else {"not_finite": "keep"}
         self.keep_avg_eval = self._averages("evaluation batch", **keep)
         with self._evaluating():
             self.callbacks("on_eval_epoch_start", self)
-            # with overfit_batch: the one batch of the training
             loader = self.get_loader(is_eval=not self.args.overfit_batch)
-            batches = itertools.islice(self.rest_of_epoch(loader, 0, 0), 1 if self.args.overfit_batch else None)
             passes = eval_passes(self.model, self.criterion)
-            for i, batch in enumerate(batches, start=1):
-                self._agreed = self.ranks.agree(0, self._signals.received).signal
-                if self._signal is not None:
-                    return None
+            for i, batch in enumerate(self.evaluation_batches(loader), start=1):
                 batch, outputs = self.eval_step(batch, i, passes)
                 # the first batch holds the same samples every time: what is shown of it can be compared
                 if shown is None and outputs is not None:
                     shown = batch, outputs
+            if self._signal is not None:
+                return None
             self.keep_avg_eval.read()
             step, means = self.total_steps_done, self.keep_avg_eval.means
             self.c_logger.print_eval(f"step {step}", means, time.perf_counter() - start)
@@ -375,8 +366,7 @@ class Trainer(Run, Batches, CoquiNames):
                     self.model, "eval_step", batch, criterion, idx, needs_loss=self.manual is None
                 )
             if losses:
-                values = named(losses, idx, self._loss_owners)
-                self.keep_avg_eval.add(number, values, samples)
+                self.keep_avg_eval.add(number, scalars(losses), samples, idx=idx)
                 found = {k if idx is None else f"{k}_{idx}": v for k, v in (found or {}).items()}
                 outputs = {**(outputs or {}), **found}
         if self.config.print_eval:

@@ -6,6 +6,7 @@ python recipes/ljspeech/train_vits.py --coqpit.dataset_path=DIR --small  a model
 """
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from models.vits import SMALL, Vits, VitsConfig  # noqa: E402
 from trainer import Trainer, parse_command_line, seed_everything  # noqa: E402
 from trainer.data.ljspeech import DataError, find_ljspeech, read_ljspeech, split_ljspeech  # noqa: E402
 from trainer.device import pick_device  # noqa: E402
+from trainer.distributed import Ranks  # noqa: E402
+from trainer.provenance import as_a_shell_calls  # noqa: E402
 
 LJSPEECH = ROOT / "data" / "LJSpeech-1.1"
 PLACE = {"output_path": str(ROOT / "output"), "run_name": "vits_ljspeech"}
@@ -27,11 +30,13 @@ def main() -> None:
     parser.add_argument("--download", action="store_true", help=f"download LJSpeech-1.1 to {LJSPEECH}")
     config = VitsConfig(**PLACE)
     args, flags = parse_command_line(config, parser)
-    folder, is_demo = find_ljspeech(config.dataset_path, LJSPEECH, flags.download)
-    if not args.continue_path and (flags.small or (is_demo and pick_device(config.device).type == "cpu")):
-        print("Training the small model (--small).")
-        config = VitsConfig(**SMALL, **PLACE)
-        parse_command_line(config, parser)
+    # of several ranks, the first one says what is trained on
+    with contextlib.redirect_stdout(sys.stdout if Ranks.from_environment(config, args).is_main else None):
+        folder, is_demo = find_ljspeech(config.dataset_path, LJSPEECH, flags.download)
+        if not args.continue_path and (flags.small or (is_demo and pick_device(config.device).type == "cpu")):
+            print("Training the small model (--small).")
+            config = VitsConfig(**SMALL, **PLACE)
+            parse_command_line(config, parser)
 
     seed_everything(config.training_seed)
     train, evaluation, _ = split_ljspeech(read_ljspeech(folder), seed=config.training_seed)
@@ -41,7 +46,8 @@ def main() -> None:
     trainer.fit()
     speak = ROOT / "recipes" / "ljspeech" / "speak_vits.py"
     if trainer.ranks.is_main:
-        print(f'let it speak: python {speak} {trainer.output_path}/best_model.pth "What shall I say?" speech.wav')
+        best, python = trainer.output_path / "best_model.pth", as_a_shell_calls("python")
+        print(f'let it speak: {python} {speak} {best} "What shall I say?" speech.wav')
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from trainer.provenance import as_a_shell_calls
+
 ROOT = Path(__file__).resolve().parents[2]
 OVERRIDES = (
     *("--coqpit.epochs", "2", "--coqpit.lr", "0.01", "--coqpit.grad_clip", "1.0", "--grad_accum_steps", "2"),
@@ -93,7 +95,10 @@ class TestClassifier:
         assert failed.stderr.endswith("RuntimeError: the model fails on purpose\n")
         (folder,) = (tmp_path / "output").iterdir()
         assert "step 10: loss" in (folder / "trainer_0_log.txt").read_text()
-        assert f"continue it: python {ROOT / 'tests/coqui/classifier.py'} --continue_path output" in failed.stdout
+        assert (
+            f"continue it: {as_a_shell_calls('python')} {ROOT / 'tests/coqui/classifier.py'} --continue_path output"
+            in failed.stdout
+        )
 
         again = ("--continue_path", str(folder), "--grad_accum_steps", "2", "--coqpit.fail_at_step", "none")
         continued = run("classifier.py", *again, cwd=tmp_path)

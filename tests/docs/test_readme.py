@@ -39,7 +39,7 @@ def test_make_targets_that_it_names_are_there():
     makefile = (ROOT / "Makefile").read_text(encoding="utf8")
     for target in re.findall(r"^ {4}make (\w+)$", README, flags=re.MULTILINE):
         assert re.search(rf"^{target}:.*## ", makefile, flags=re.MULTILINE), target
-    for target in ("install", "train", "test", "lint", "bench", "clean"):
+    for target in ("install", "train", "test", "chaos", "lint", "bench", "clean"):
         assert re.search(rf"^{target}:.*## ", makefile, flags=re.MULTILINE), target
 
 

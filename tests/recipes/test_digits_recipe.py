@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from trainer.provenance import as_a_shell_calls
+
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "digits" / "train_digits.py"
 
@@ -50,8 +52,8 @@ def test_the_last_lines_say_what_to_do_next(trained):
     last = output.splitlines()[-3:]
     assert last == [
         f"run folder: {folder}",
-        f"look at it:  tensorboard --logdir {folder}",
-        f"continue it: python {RECIPE} --continue_path {folder}",
+        f"look at it:  {as_a_shell_calls('tensorboard')} --logdir {folder}",
+        f"continue it: {as_a_shell_calls('python')} {RECIPE} --continue_path {folder}",
     ]
 
 

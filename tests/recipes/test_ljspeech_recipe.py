@@ -1,6 +1,7 @@
 """recipes/ljspeech as a user starts it: on the demo set, on a folder, on real clips; stopped, continued, speaking."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -14,15 +15,17 @@ import pytest
 import soundfile
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from trainer.provenance import as_a_shell_calls
+
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN, SPEAK = (ROOT / "recipes" / "ljspeech" / name for name in ("train_vits.py", "speak_vits.py"))
 SHORT = ["--coqpit.plot_step=20", "--coqpit.print_step=1", '--coqpit.test_sentences=["One, two.", "Three four."]']
 
 
-def run(script: Path, *arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+def run(script: Path, *arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
     """A recipe, from any working directory."""
-    command = [sys.executable, str(script), *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    command, variables = [sys.executable, str(script), *map(str, arguments)], {**os.environ, **environment}
+    return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, check=False)
 
 
 def mel_losses(output: str) -> list[float]:
@@ -47,6 +50,18 @@ def test_without_a_data_set_it_says_so_and_takes_the_small_model(demo_run):
     assert "training on the DEMO SET" in output
     assert "--download" in output
     assert "Training the small model (--small)." in output
+
+
+@pytest.mark.skipif((ROOT / "data" / "LJSpeech-1.1").exists(), reason="no demo set where data/LJSpeech-1.1 is there")
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_of_several_ranks_the_first_says_so(tmp_path, rank):
+    # a backend that there is not on the CPU: it ends where it would wait for the other rank
+    arguments = [f"--coqpit.output_path={tmp_path}", "--coqpit.device=cpu", "--coqpit.distributed_backend=nccl"]
+    result = run(TRAIN, *arguments, cwd=tmp_path, RANK=rank, WORLD_SIZE="2", LOCAL_RANK=rank)
+    assert result.returncode == 1
+    assert "distributed_backend='nccl' on cpu" in result.stderr
+    said = [text in result.stdout for text in ("training on the DEMO SET", "Training the small model (--small).")]
+    assert said == [rank == "0"] * 2
 
 
 def test_the_mel_loss_falls(demo_run):
@@ -85,9 +100,9 @@ def test_the_last_lines_say_what_to_do_next(demo_run):
     folder, output = demo_run
     last = output.splitlines()[-4:]
     assert last[0] == f"run folder: {folder}"
-    assert last[1] == f"look at it:  tensorboard --logdir {folder}"
-    assert last[2] == f"continue it: python {TRAIN} --continue_path {folder}"
-    assert last[3].startswith(f"let it speak: python {SPEAK} {folder / 'best_model.pth'}")
+    assert last[1] == f"look at it:  {as_a_shell_calls('tensorboard')} --logdir {folder}"
+    assert last[2] == f"continue it: {as_a_shell_calls('python')} {TRAIN} --continue_path {folder}"
+    assert last[3].startswith(f"let it speak: {as_a_shell_calls('python')} {SPEAK} {folder / 'best_model.pth'}")
 
 
 def test_it_speaks(demo_run, tmp_path):

@@ -12,6 +12,7 @@ import pytest
 
 from tests.trainer.launching import CPU, finish, runs, start, wait_for
 from trainer import agent
+from trainer.signals import ECHO
 
 # rank 1 is killed, rank 0 does not care for SIGTERM; both have a process of their own, as DataLoaders have
 KILLED = """
@@ -49,7 +50,7 @@ def save(number, frame):
     if not stubborn:
         time.sleep(0.3)
         sys.exit(128 + number)
-for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
     signal.signal(number, save)
 open(f"ready_{rank}", "w").close()
 while True:
@@ -76,7 +77,7 @@ def test_a_killed_rank_ends_the_job_and_nothing_is_left(tmp_path):
     ]
     [file] = (tmp_path / "logs").glob("group_*/attempt_0/rank_1.out")
     assert file.read_text() == "first line of 1\nlast line of 1"
-    assert f"kept in {file.relative_to(tmp_path).parents[1]}" in errors
+    assert f"started 2 of 2 ranks (0, 1); what they print is kept in {file.relative_to(tmp_path).parents[1]}" in errors
     assert f"logs of all ranks: {file.relative_to(tmp_path).parent}" in errors
 
 
@@ -110,10 +111,15 @@ class TestSignals:
         wait_for(folder / "ready_0", folder / "ready_1")
         return process
 
-    @pytest.mark.parametrize(("number", "heard"), [(signal.SIGINT, signal.SIGINT), (signal.SIGHUP, signal.SIGTERM)])
+    @pytest.mark.parametrize(
+        ("number", "heard"),
+        [(signal.SIGINT, signal.SIGINT), (signal.SIGUSR1, signal.SIGUSR1), (signal.SIGHUP, signal.SIGTERM)],
+    )
     def test_the_ranks_save_once_and_have_what_they_need_for_it(self, tmp_path, number, heard):
         process = self.begin(tmp_path)
         os.killpg(process.pid, number)  # as a terminal sends Ctrl-C: to all that were started from it
+        time.sleep(0.1)
+        process.send_signal(number)  # by another launcher that passes it on: no second one
         code, _, errors = finish(process)
         assert code == 128 + number
         assert [(tmp_path / f"saved_{rank}").read_text() for rank in range(2)] == [f"{int(heard)} "] * 2
@@ -134,6 +140,7 @@ class TestSignals:
         process = self.begin(tmp_path, "stubborn")
         process.send_signal(signal.SIGINT)
         wait_for(tmp_path / "saved_0", tmp_path / "saved_1")
+        time.sleep(ECHO)
         assert process.poll() is None  # they may be saving
         begin = time.monotonic()
         process.send_signal(signal.SIGINT)

@@ -7,7 +7,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from trainer.averages import Averages, named, target_loss
+from trainer.averages import Averages, scalars, target_loss
 
 
 def tensors(**values) -> dict[str, torch.Tensor]:
@@ -127,7 +127,7 @@ class TestAverages:
     def test_graphs_are_not_kept(self):
         averages = Averages()
         averages.add(0, {"loss": torch.ones((), requires_grad=True) * 2}, 1)
-        assert [vector.requires_grad for _, _, vector, _, _ in averages._pending] == [False]
+        assert [entry[3].requires_grad for entry in averages._pending] == [False]
 
     def test_no_scalar(self):
         with pytest.raises(ValueError, match=r"loss 'mel' has shape \[2, 3\]: return a scalar"):
@@ -151,6 +151,18 @@ class TestAverages:
         assert second.means == whole.means == {"loss": (1 + 4 + 12 + 32) / 10}
         assert first.means == {"loss": 5 / 3}  # its sums are not shared
 
+    def test_the_last_values_are_part_of_the_state(self):
+        """They are shown again after a step without losses."""
+        first, second = Averages(), Averages()
+        first.add(4, tensors(loss=3.0), 2)
+        first.read()
+        second.load_state_dict(first.state_dict())
+        second.read()
+        assert first.last == second.last == {"loss": 3.0}
+        second.add(6, tensors(kl=1.0), 2)
+        second.read()
+        assert second.last == {"kl": 1.0}
+
     def test_a_state_can_be_loaded_twice(self):
         state = {"sums": {"loss": 6.0}, "weights": {"loss": 3.0}}
         for _ in range(2):
@@ -161,24 +173,95 @@ class TestAverages:
             assert averages.means == {"loss": 3.0}
 
 
-class TestNamed:
-    def test_suffix_is_for_the_loss_only(self):
-        losses = tensors(loss=1.0, kl=2.0)
-        owners = {}
-        assert list(named(losses, 0, owners)) == ["loss_0", "kl"]
-        assert list(named(losses, 1, owners)) == ["loss_1", "kl-1"]
-        # whoever came first keeps the name, also when it skips a step
-        assert list(named(losses, 1, owners)) == ["loss_1", "kl-1"]
-        assert list(named(losses, None, {})) == ["loss", "kl"]
+def seen(idx: int | None, step: int, name: str, value: float) -> tuple:
+    """What another rank hands to gather for one sample."""
+    return step, idx, name, value, 1.0, True
 
+
+class TestNames:
+    def test_suffix_is_for_the_loss_only(self):
+        averages = Averages()
+        for idx in (0, 1):
+            averages.add(1, tensors(loss=1.0 + idx, kl=3.0 + idx), 1, idx=idx)
+        averages.add(1, tensors(grad_norm_0=7.0), 1, must_be_finite=False)
+        averages.read()
+        assert averages.means == {"loss_0": 1.0, "kl": 3.0, "loss_1": 2.0, "kl-1": 4.0, "grad_norm_0": 7.0}
+        alone = Averages()
+        alone.add(1, tensors(loss=1.0, kl=3.0), 1)
+        alone.read()
+        assert alone.means == {"loss": 1.0, "kl": 3.0}
+
+    def test_whoever_came_first_keeps_the_name(self):
+        averages = Averages()
+        averages.add(1, tensors(kl=1.0), 1, idx=1)  # the first optimizer's batch was skipped
+        averages.add(2, tensors(kl=8.0), 1, idx=0)
+        averages.add(2, tensors(kl=3.0), 1, idx=1)
+        averages.read()
+        averages.add(3, tensors(kl=10.0), 1, idx=0)
+        averages.read()
+        assert averages.means == {"kl": 2.0, "kl-0": 9.0}
+
+    @pytest.mark.parametrize("reads", [[(1, 2)], [(1,), (2,)]])
+    def test_names_do_not_depend_on_what_a_rank_has_skipped(self, reads):
+        """Rank 0 skips the first optimizer's batch at first, rank 1 the second's; when it is read changes nothing."""
+        shares = [
+            {1: [seen(1, 1, "kl", 100.0)], 2: [seen(0, 2, "kl", 2.0), seen(1, 2, "kl", 200.0)]},
+            {1: [seen(0, 1, "kl", 6.0)], 2: [seen(1, 2, "kl", 300.0)]},
+        ]
+        found = []
+        for share in shares:
+            gathered = ([[entry for step in steps for entry in of[step]] for of in shares] for steps in reads)
+            averages = Averages(gather=lambda own, gathered=gathered: next(gathered))
+            for steps in reads:
+                for step, idx, name, value, *_ in (entry for i in steps for entry in share[i]):
+                    averages.add(step, tensors(**{name: value}), 1, idx=idx)
+                averages.read()
+            found.append(averages.means)
+        assert found == [{"kl": 4.0, "kl-1": 200.0}] * 2
+
+    def test_averages_that_share_owners_agree(self):
+        owners = {}
+        train, evaluation = Averages(owners=owners), Averages(owners=owners)
+        train.add(1, tensors(kl=1.0), 1, idx=1)
+        train.read()
+        for idx in (0, 1):
+            evaluation.add(1, tensors(kl=5.0 + idx), 1, idx=idx)
+        evaluation.read()
+        assert evaluation.means == {"kl": 6.0, "kl-0": 5.0}
+
+    def test_the_owners_are_part_of_the_state(self):
+        first, owners = Averages(), {}
+        first.add(1, tensors(kl=1.0), 1, idx=1)
+        first.read()
+        second = Averages(owners=owners)
+        second.load_state_dict(first.state_dict())
+        second.add(2, tensors(kl=8.0), 1, idx=0)
+        second.add(2, tensors(kl=3.0), 1, idx=1)
+        second.read()
+        assert second.means == {"kl": 2.0, "kl-0": 8.0}
+        assert owners == {"kl": 1}  # in place: others share them
+
+    def test_states_of_before_there_were_owners(self):
+        averages = Averages()
+        averages.load_state_dict({"sums": {"kl": 4.0}, "weights": {"kl": 1.0}})
+        averages.add(2, tensors(kl=2.0), 1, idx=0)
+        averages.read()
+        assert averages.means == {"kl": 3.0}
+
+    def test_an_error_has_the_name_that_is_shown(self):
+        averages = Averages(gather=lambda own: [own, [seen(0, 3, "kl", 1.0)]])
+        averages.add(3, tensors(kl=math.nan), 1, idx=1)
+        with pytest.raises(FloatingPointError, match=r"^step 3: kl-1 is nan"):
+            averages.read()
+
+
+class TestScalars:
     def test_plain_numbers_are_kept_and_others_left_out(self):
-        found = named(
-            {"loss": torch.tensor(1.0), "kl_weight": 0.25, "count": 3, "note": "x", "skipped": None}, None, {}
-        )
+        found = scalars({"loss": torch.tensor(1.0), "kl_weight": 0.25, "count": 3, "note": "x", "skipped": None})
         assert {name: value.tolist() for name, value in found.items()} == {"loss": 1.0, "kl_weight": 0.25, "count": 3.0}
 
     def test_all_are_on_the_device_of_the_loss(self):
-        found = named({"loss": torch.zeros((), device="meta"), "kl": 1.0, "mel": torch.tensor(1.0)}, None, {})
+        found = scalars({"loss": torch.zeros((), device="meta"), "kl": 1.0, "mel": torch.tensor(1.0)})
         assert {value.device.type for value in found.values()} == {"meta"}
 
 
@@ -209,7 +292,7 @@ class TestTargetLoss:
 
 
 def test_ranks_are_averaged_together():
-    others = [(7, "loss", 4.0, 3.0, True), (7, "grad_norm", 2.0, 1.0, False)]
+    others = [(7, None, "loss", 4.0, 3.0, True), (7, None, "grad_norm", 2.0, 1.0, False)]
     averages = Averages(gather=lambda own: [own, others])
     averages.add(6, tensors(loss=9.0), 2)
     averages.add(7, tensors(loss=1.0), 1)
@@ -219,8 +302,24 @@ def test_ranks_are_averaged_together():
     assert averages.means["loss"] == (9.0 * 2 + 1.0 + 4.0 * 3) / 6
 
 
+def test_sums_over_ranks_do_not_depend_on_when_they_are_read():
+    """A run that is stopped reads them once more."""
+    values, sums = ([1e16, -1e16], [1.0, 1.0]), set()
+    for reads in ([1], [0, 1]):
+        others: list = []
+        averages = Averages(gather=lambda own, others=others: [own, others.copy()])
+        for step in range(2):
+            averages.add(step, tensors(loss=values[0][step]), 1)
+            others.append((step, None, "loss", values[1][step], 1.0, True))
+            if step in reads:
+                averages.read()
+                others.clear()
+        sums.add(averages.state_dict()["sums"]["loss"])
+    assert sums == {1.0}
+
+
 def test_every_rank_hears_of_a_value_that_is_not_finite():
-    averages = Averages(gather=lambda own: [own, [(3, "loss", math.nan, 1.0, True)]])
+    averages = Averages(gather=lambda own: [own, [seen(None, 3, "loss", math.nan)]])
     averages.add(3, tensors(loss=1.0), 1)
     with pytest.raises(FloatingPointError, match="step 3: loss is nan"):
         averages.read()

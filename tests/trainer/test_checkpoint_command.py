@@ -38,7 +38,7 @@ class TestInspect:
         trainer, folder = run
         path = folder / "checkpoint_3.pth"
         lines = inspect(str(path))
-        assert lines[0] == f"{path}: {path.stat().st_size / 1e3:.3g} kB, format 2"
+        assert lines[0] == f"{path}: {path.stat().st_size / 1e3:.3g} kB, format 3"
         assert re.fullmatch(r"step 3, 1 epochs done, saved \d{4}-\d\d-\d\d \d\d:\d\d:\d\d", lines[1])
         assert lines[2] == f"best loss: eval_loss {trainer.best_loss['eval_loss']:.5g}"
         assert lines[3] == "model: 2 tensors (2 float32), 65 values"
@@ -126,7 +126,7 @@ class TestStrip:
         assert after < 0.3 * before
         sizes = f"{before / 1e3:.3g} kB -> {after / 1e3:.3g} kB ({after / before:.0%})"
         assert line == f"small.pth: weights and config, {sizes}"
-        assert inspect("small.pth")[0].endswith("format 2, stripped: no training state")
+        assert inspect("small.pth")[0].endswith("format 3, stripped: no training state")
 
     def test_a_new_run_starts_from_it(self, run):
         strip(str(run[1] / "best_model.pth"), "small.pth")
@@ -198,10 +198,10 @@ class TestCommandLine:
         [
             ("none.pth", "none.pth"),
             ("memory://none.pth", "none.pth"),
-            ("damaged.pth", "damaged.pth: damaged, or no checkpoint"),
+            ("damaged.pth", "damaged.pth: damaged: its end is missing (it has 16 bytes)"),
             ("list.pth", "list.pth: holds no model"),
             (".", "Is a directory"),
-            ("nothing://x.pth", "Protocol not known: nothing"),
+            ("nothing://x.pth", "Unsupported filesystem: 'nothing'"),
         ],
     )
     def test_files_that_cannot_be_read(self, command, file, message, capsys):

@@ -1,89 +1,29 @@
-"""Checkpoint files: written whole or not at all, read without running anything in them."""
+"""Checkpoint files: with their SHA-256 inside, and read without running anything in them; those of a run's folder."""
 
+import hashlib
 import io
+import math
 import os
 import pickle
-import stat
+import random
+import time
 import zipfile
+from pathlib import Path
 
 import fsspec
 import pytest
 import torch
 
+from tests.trainer.toys import ToyConfig, build
+from trainer import TrainerArgs
 from trainer.checkpoint import (
-    FORMAT_VERSION,
     exist_in,
     list_checkpoints,
-    load_checkpoint,
-    load_weights,
     newest_first,
+    rank_model,
     remove_old_checkpoints,
-    save_checkpoint,
-    write_file,
 )
-
-
-@pytest.fixture
-def umask():
-    """Sets the process's umask; the old one comes back."""
-    before = os.umask(0o022)
-    yield os.umask
-    os.umask(before)
-
-
-class TestWriteFile:
-    def test_content(self, tmp_path):
-        path = tmp_path / "a.bin"
-        for content in (b"first", b"second, longer"):
-            write_file(path, lambda file, content=content: file.write(content))
-            assert path.read_bytes() == content
-        assert [p.name for p in tmp_path.iterdir()] == ["a.bin"]
-
-    @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
-    def test_a_failing_writer_leaves_the_old_file_and_nothing_else(self, tmp_path, error):
-        path = tmp_path / "a.bin"
-        path.write_bytes(b"old")
-
-        def write(file):
-            file.write(b"half")
-            raise error
-
-        with pytest.raises(type(error)):
-            write_file(path, write)
-        assert path.read_bytes() == b"old"
-        assert [p.name for p in tmp_path.iterdir()] == ["a.bin"]
-
-    def test_nothing_is_there_before_it_is_whole(self, tmp_path):
-        path, seen = tmp_path / "a.bin", []
-
-        def write(file):
-            file.write(b"x" * 100_000)
-            file.flush()
-            seen.append(path.exists())
-
-        write_file(path, write)
-        assert (seen, path.stat().st_size) == ([False], 100_000)
-
-    def test_file_is_synced_before_the_rename_and_its_folder_after(self, tmp_path, monkeypatch):
-        events = []
-        fsync, replace = os.fsync, os.replace
-
-        def spy(descriptor):
-            kind = "folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else os.fstat(descriptor).st_size
-            events.append(kind)
-            fsync(descriptor)
-
-        monkeypatch.setattr(os, "fsync", spy)
-        monkeypatch.setattr(os, "replace", lambda *args: (events.append("rename"), replace(*args)))
-        write_file(tmp_path / "a.bin", lambda file: file.write(b"12345"))
-        assert events == [5, "rename", "folder"]
-
-    @pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
-    def test_permissions_are_those_of_any_new_file(self, tmp_path, umask, mask, mode):
-        umask(mask)
-        write_file(tmp_path / "a.bin", lambda file: file.write(b"x"))
-        assert stat.S_IMODE((tmp_path / "a.bin").stat().st_mode) == mode
-
+from trainer.checkpoint_file import FORMAT_VERSION, DamagedError, load_checkpoint, load_weights, save_checkpoint
 
 STATE = {"model": {"w": torch.arange(1000.0)}, "step": 7, "nested": {"a": [1, (2.5, None, "x")]}}
 
@@ -105,11 +45,13 @@ class TestLoad:
         save_checkpoint(STATE, tmp_path / "c.pth")
         assert_is_state(load_checkpoint(tmp_path / "c.pth", mapped=True))
 
-    def test_from_a_url(self, tmp_path):
+    def test_from_and_to_a_url(self, tmp_path):
         save_checkpoint(STATE, tmp_path / "c.pth")
         with fsspec.open("memory://checkpoints/c.pth", "wb") as file:
             file.write((tmp_path / "c.pth").read_bytes())
         assert_is_state(load_checkpoint("memory://checkpoints/c.pth"))
+        save_checkpoint(STATE, "memory://checkpoints/d.pth")
+        assert_is_state(load_checkpoint("memory://checkpoints/d.pth"))
 
     @pytest.mark.parametrize("as_zip", [False, True])
     def test_code_is_never_executed(self, tmp_path, as_zip):
@@ -138,9 +80,8 @@ class TestLoad:
         save_checkpoint(STATE, path)
         whole = path.read_bytes()
         path.write_bytes(whole[: int(len(whole) * share)])
-        with pytest.raises(ValueError, match=r"cut\.pth: .*damaged") as caught:
+        with pytest.raises(ValueError, match=r"cut\.pth: .*damaged"):
             load_checkpoint(path)
-        assert caught.value.__cause__ is not None
 
     def test_other_files(self, tmp_path):
         path = tmp_path / "other.pth"
@@ -189,6 +130,134 @@ class TestLoad:
             assert load_checkpoint(tmp_path / "x.pth") == {"model": {}, **extra}
 
 
+class TestSum:
+    @pytest.fixture
+    def path(self, tmp_path):
+        save_checkpoint(STATE, tmp_path / "c.pth")
+        return tmp_path / "c.pth"
+
+    def test_it_is_the_comment_of_the_archive(self, path):
+        """Of all bytes before it, with the length that a comment has when there is none."""
+        content = path.read_bytes()
+        comment = zipfile.ZipFile(path).comment
+        without = content[: -len(comment) - 2] + b"\0\0"
+        assert comment == b"sha256:" + hashlib.sha256(without).hexdigest().encode()
+        buffer = io.BytesIO()
+        torch.save({"format": FORMAT_VERSION, **STATE}, buffer)
+        assert len(buffer.getvalue()) == len(without)
+
+    @pytest.mark.parametrize("sizes", [[1] * 50, [22, 22], [21, 1, 30], [100, 3], [5, 17, 1000], [0, 40, 0]])
+    def test_whatever_pieces_come(self, sizes):
+        from trainer.checkpoint_file import _SUM_LENGTH, _Summed, check_sum
+
+        file, pieces = io.BytesIO(), [os.urandom(size) for size in sizes]
+        pieces.append(b"\0\0")  # as an archive ends
+        summed = _Summed(file)
+        assert [summed.write(piece) for piece in pieces] == [*sizes, 2]
+        summed.finish()
+        assert file.getvalue()[: -_SUM_LENGTH - 2] == b"".join(pieces)[:-2]
+        assert check_sum(file, "x")
+
+    def test_pieces_of_other_types_than_bytes(self):
+        from trainer.checkpoint_file import _Summed, check_sum
+
+        file = io.BytesIO()
+        summed = _Summed(file)
+        assert summed.write(memoryview(torch.arange(10).numpy())) == 80
+        summed.write(bytearray(22))
+        summed.finish()
+        assert check_sum(file, "x")
+
+    def test_a_flipped_bit_is_found_wherever_it_is(self, path):
+        content, rng = path.read_bytes(), random.Random(0)
+        ends = [*range(30), *range(len(content) - 120, len(content))]
+        for position in [*ends, *rng.sample(range(len(content)), 200)]:
+            damaged = bytearray(content)
+            damaged[position] ^= 1 << rng.randrange(8)
+            path.write_bytes(damaged)
+            with pytest.raises(DamagedError, match=r"c\.pth: .*damaged"):
+                load_checkpoint(path)
+
+    def test_torch_alone_finds_no_flipped_bit(self, path):
+        """Why there is a sum."""
+        content = bytearray(path.read_bytes())
+        content[content.index(STATE["model"]["w"].numpy().tobytes()) + 2] ^= 1
+        path.write_bytes(content)
+        assert not torch.equal(torch.load(path)["model"]["w"], STATE["model"]["w"])
+        with pytest.raises(DamagedError, match="its bytes have changed"):
+            load_checkpoint(path)
+
+    def test_empty_and_cut_off(self, path):
+        content = path.read_bytes()
+        path.write_bytes(b"")
+        with pytest.raises(DamagedError, match=r"c\.pth: damaged: it is empty"):
+            load_checkpoint(path)
+        for missing in (72, 1000):
+            path.write_bytes(content[:-missing])
+            with pytest.raises(DamagedError, match="damaged: its end is missing"):
+                load_checkpoint(path)
+        for missing in (1, 71):  # of the comment: still an archive
+            path.write_bytes(content[:-missing])
+            with pytest.raises(DamagedError, match="damaged"):
+                load_checkpoint(path)
+        path.write_bytes(content[:-1000] + bytes(1000))  # as a crash of the machine leaves it
+        with pytest.raises(DamagedError, match="damaged"):
+            load_checkpoint(path)
+
+    def test_a_checkpoint_that_somebody_wrote_with_torch(self, tmp_path):
+        torch.save({"format": FORMAT_VERSION, **STATE}, tmp_path / "c.pth")
+        with pytest.raises(
+            DamagedError, match=r"SHA-256 is missing.*write it with trainer\.checkpoint\.save_checkpoint"
+        ):
+            load_checkpoint(tmp_path / "c.pth")
+
+    def test_an_error_of_the_disk_is_told_as_it_is(self, tmp_path, monkeypatch):
+        """Torch makes another one of it."""
+
+        def full(self, data):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("trainer.checkpoint_file._Summed._write", full)
+        with pytest.raises(OSError, match="No space left"):
+            save_checkpoint(STATE, tmp_path / "c.pth")
+
+
+FORMATS = Path(__file__).parent / "checkpoints"
+OLD = {"optimizer": "AdamW", "dropout": 0.3, "lr_scheduler": "ExponentialLR", "lr_scheduler_params": {"gamma": 0.5}}
+
+
+@pytest.mark.parametrize("version", range(1, FORMAT_VERSION + 1))
+def test_old_checkpoints_are_continued(version, tmp_path):
+    """Each file is of the Trainer of its time: checkpoint_5.pth of ``build(epochs=3, max_steps=5, **OLD).fit()``.
+
+    The weights agree but for what another processor rounds otherwise.
+    """
+    whole = build(epochs=3, output_path=str(tmp_path), **OLD)
+    whole.fit()
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "checkpoint_5.pth").write_bytes((FORMATS / f"format_{version}.pth").read_bytes())
+    trainer = build(seed=9, epochs=3, args=TrainerArgs(continue_path=str(folder)), **OLD)
+    trainer.open_run()
+    assert (trainer.total_steps_done, trainer.epochs_done, trainer.batches_done) == (5, 1, 2)
+    trainer.fit()
+    assert trainer.total_steps_done == 9
+    for name, weight in whole.model.state_dict().items():
+        torch.testing.assert_close(trainer.model.state_dict()[name], weight, rtol=1e-5, atol=1e-6)
+    assert trainer.best_loss["eval_loss"] == pytest.approx(whole.best_loss["eval_loss"], rel=1e-5)
+
+
+def test_the_file_of_the_newest_format_holds_what_is_written_now(tmp_path):
+    """When a part is added, that file is written anew; or the format gets another number, and the file stays."""
+    trainer = build(epochs=1, output_path=str(tmp_path), **OLD)
+    trainer.fit()
+    kept = load_checkpoint(FORMATS / f"format_{FORMAT_VERSION}.pth")
+    now = load_checkpoint(trainer.output_path / "checkpoint_3.pth")
+    assert list(kept) == list(now)
+    for name in ("position", "averages", "logs", "guard"):
+        assert list(kept[name]) == list(now[name])
+
+
 class TestFolder:
     def fill(self, folder, steps, best=None) -> None:
         for step in steps:
@@ -218,16 +287,25 @@ class TestFolder:
         assert exist_in(tmp_path)
         assert newest_first(tmp_path)[0] == tmp_path / newest
 
+    @pytest.mark.parametrize(("evaluated", "newest"), [(-1, "best_model.pth"), (20, "checkpoint_20.pth")])
+    def test_of_the_same_update_the_later_one(self, tmp_path, evaluated, newest):
+        """A checkpoint is saved before the evaluation of its update, and once more at the end of the training."""
+        state = {"model": {}, "step": 20, "epoch": 2}
+        save_checkpoint({**state, "eval_step": evaluated, "test_step": evaluated}, tmp_path / "checkpoint_20.pth")
+        save_checkpoint({**state, "eval_step": 20, "test_step": -1}, tmp_path / "best_model.pth")
+        assert newest_first(tmp_path)[0].name == newest
+
     def test_none(self, tmp_path):
         (tmp_path / "config.json").write_text("{}")
         assert not exist_in(tmp_path)
         with pytest.raises(FileNotFoundError, match=r"holds no checkpoint_<step>\.pth and no best_model\.pth"):
             newest_first(tmp_path)
 
-    def test_a_damaged_best_model_comes_last(self, tmp_path):
+    def test_a_damaged_best_model_comes_first(self, tmp_path):
+        """To be told of: it may have been the newest."""
         self.fill(tmp_path, [1])
         (tmp_path / "best_model.pth").write_bytes(b"damaged")
-        assert [path.name for path in newest_first(tmp_path)] == ["checkpoint_1.pth", "best_model.pth"]
+        assert [path.name for path in newest_first(tmp_path)] == ["best_model.pth", "checkpoint_1.pth"]
 
     def test_a_best_model_without_a_step_is_named(self, tmp_path):
         self.fill(tmp_path, [1])
@@ -245,6 +323,29 @@ class TestFolder:
     @pytest.mark.parametrize(("keep", "left"), [(1, [100]), (2, [20, 100]), (3, [9, 20, 100]), (9, [9, 20, 100])])
     def test_remove_old(self, tmp_path, keep, left):
         self.fill(tmp_path, [9, 100, 20], best=1)
-        remove_old_checkpoints(tmp_path, keep)
+        remove_old_checkpoints(tmp_path, 100, ToyConfig(save_n_checkpoints=keep))
         assert [step for step, _ in list_checkpoints(tmp_path)] == left
         assert (tmp_path / "best_model.pth").exists()
+
+    @pytest.mark.parametrize(("age", "left"), [(None, [2, 3, 4]), (10.5, [2, 3, 4]), (9.5, [3, 4]), (0, [4])])
+    def test_remove_by_age(self, tmp_path, age, left):
+        """Of hours; the newest stays however old it is."""
+        self.fill(tmp_path, [1, 2, 3, 4])
+        for step, hours in ((1, 1), (2, 10), (3, 9), (4, 100)):
+            os.utime(tmp_path / f"checkpoint_{step}.pth", (0, time.time() - hours * 3600))
+        remove_old_checkpoints(tmp_path, 4, ToyConfig(save_n_checkpoints=3, save_max_age=age))
+        assert [step for step, _ in list_checkpoints(tmp_path)] == left
+
+    def test_later_ones_than_the_newest_stay_and_do_not_count(self, tmp_path):
+        """Damaged ones, which the training went on before, and which could not be put aside."""
+        self.fill(tmp_path, [1, 2, 3, 8, 9])
+        remove_old_checkpoints(tmp_path, 3, ToyConfig(save_n_checkpoints=1))
+        assert [step for step, _ in list_checkpoints(tmp_path)] == [3, 8, 9]
+
+
+def test_the_best_models_are_those_with_the_lowest_losses():
+    models, beaten = {}, {}
+    for step, loss in enumerate([5.0, 3.0, math.nan, 4.0, 3.0, 6.0, 2.0]):
+        beaten[step] = rank_model(models, step, loss, 2)
+    assert beaten == {0: [], 1: [], 2: [2], 3: [0], 4: [3], 5: [5], 6: [4]}
+    assert models == {1: 3.0, 6: 2.0}

@@ -284,9 +284,10 @@ class TestSkippedUpdates:
             build(Sparse, nan_policy=policy, nan_skip_limit=2, run_eval=False).fit()
 
 
-def test_saving_inside_an_evaluation_is_refused():
-    save = {"on_eval_epoch_end": lambda trainer: trainer.save_checkpoint()}
-    with pytest.raises(RuntimeError, match=r"save_checkpoint\(\) inside an evaluation"):
+@pytest.mark.parametrize("name", ["save_checkpoint", "save_best_model"])
+def test_saving_inside_an_evaluation_is_refused(name):
+    save = {"on_eval_epoch_end": lambda trainer: getattr(trainer, name)()}
+    with pytest.raises(RuntimeError, match=rf"{name}\(\) inside an evaluation"):
         build(ema_decay=0.9, epochs=1, callbacks=save).fit()
 
 

@@ -46,7 +46,7 @@
    tests/trainer/test_coqui_cases.py::test_an_exception_comes_out_as_it_is_and_the_folder_stays
    tests/coqui/test_scripts.py::test_an_exception_of_the_model_comes_out_and_the_run_goes_on_from_its_checkpoint
 14. A save that is cut off leaves a broken file, and a broken newest file stops a resume.
-   tests/trainer/test_checkpoint_files.py::test_nothing_is_there_before_it_is_whole
+   tests/trainer/test_storage.py::test_a_writer_that_fails_leaves_what_was_there
    tests/trainer/test_resume.py::test_a_damaged_newest_checkpoint_is_told_of_and_the_one_before_it_used
 15. The batch size finder does not change the batch size; the profiler is not stepped; overfit_batch is not read.
    tests/trainer/test_batch_size.py::test_the_fit_is_that_of_a_training_with_this_size

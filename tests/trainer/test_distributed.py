@@ -108,11 +108,9 @@ def told(agreement: Agreement) -> tuple:
 
 
 def exchange(ranks: Ranks, rank: int) -> dict:
-    averages = {"sums": {"loss": 1.5 + rank, f"only_{rank}": 2.0}, "weights": {"loss": 4, f"only_{rank}": 1.0}}
     return {
         "agree": told(ranks.agree(3.5 * rank + 1)),
         "agree on a signal": told(ranks.agree(2, 15 if rank == 1 else None)),
-        "sum_values": ranks.sum_values(averages),
         "gather": ranks.gather({"rank": rank}),
         "broadcast": ranks.broadcast(f"from {rank}"),
         "any": (ranks.any(rank == 1), ranks.any(False)),
@@ -225,10 +223,6 @@ class TestTwoRanks:
             assert found["exchange"] == {
                 "agree": (5.5, None),
                 "agree on a signal": (4.0, 15),
-                "sum_values": {
-                    "sums": {"loss": 4.0, "only_0": 2.0, "only_1": 2.0},
-                    "weights": {"loss": 8, "only_0": 1.0, "only_1": 1.0},
-                },
                 "gather": [{"rank": 0}, {"rank": 1}],
                 "broadcast": "from 0",
                 "any": (True, False),
@@ -283,7 +277,6 @@ class TestOneRank:
         assert ranks.sum_gradients([parameter], extra) is True
         assert ranks.sum_gradients([parameter], extra, used=False) is False
         assert parameter.grad is None
-        assert ranks.sum_values(value) is value
         assert ranks.gather(value) == [value]
         assert ranks.broadcast(value) is value
         assert ranks.any(True) is True

@@ -5,6 +5,7 @@ import time
 import pytest
 
 from tests.trainer.launching import CPU, finish, runs, start
+from trainer.provenance import as_a_shell_calls
 
 TIMEOUT = 6  # [s] that ranks wait for each other
 SCRIPT = f"""
@@ -83,5 +84,6 @@ def test_ranks_whose_launcher_is_killed_save_and_exit(tmp_path):
     assert len(list(folder.glob("checkpoint_*.pth"))) == 1
     # the printed command starts as many ranks again
     log = (folder / "trainer_0_log.txt").read_text()
-    command = f"python -m trainer.distribute {' '.join(CPU)} script.py --continue_path {folder.relative_to(tmp_path)}"
+    launcher = f"{as_a_shell_calls('python')} -m trainer.distribute {' '.join(CPU)}"
+    command = f"{launcher} script.py --continue_path {folder.relative_to(tmp_path)}"
     assert f"continue it: {command}" in log

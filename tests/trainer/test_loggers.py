@@ -16,9 +16,17 @@ from torch import nn
 from trainer import TrainerConfig
 from trainer.loggers import console as console_module
 from trainer.loggers.base import DashboardLogger
-from trainer.loggers.console import ConsoleLogger, StepClock, format_duration, format_values, set_up_logging
+from trainer.loggers.console import (
+    ConsoleLogger,
+    StepClock,
+    arguments_to_repeat,
+    format_duration,
+    format_values,
+    set_up_logging,
+)
 from trainer.loggers.figures import plot_alignment, plot_matrix, plot_spectrogram, to_image
 from trainer.loggers.tensorboard import TensorboardLogger, new_dashboard
+from trainer.provenance import as_a_shell_calls
 
 
 def read_events(folder):
@@ -342,7 +350,7 @@ class TestConsole:
         console.print_start(folder, model, torch.device("cpu"), TrainerConfig(mixed_precision=True, precision="bf16"))
         console.print_end(folder, can_continue=False)
         console.print_end(folder, can_continue=True)
-        start, end = f"run folder: {folder}", f"look at it:  tensorboard --logdir '{folder}'"
+        start, end = f"run folder: {folder}", f"look at it:  {as_a_shell_calls('tensorboard')} --logdir '{folder}'"
         assert file.getvalue().splitlines() == [
             start,
             "Linear: 2,002 parameters, cpu, fp32",
@@ -352,8 +360,16 @@ class TestConsole:
             end,
             start,
             end,
-            f"continue it: python 'my recipe.py' --continue_path '{folder}'",
+            f"continue it: {as_a_shell_calls('python')} 'my recipe.py' --continue_path '{folder}'",
         ]
+
+
+def test_the_arguments_that_continuing_a_run_needs():
+    """All but those that its config holds, and those of one start."""
+    argv = "--data my/clips --coqpit.lr=1e-3 --coqpit.lrs 1 -2 --grad_accum_steps 4 --continue_path run -f a b"
+    argv += " --restore_path=x c --coqpit.flag --use_ddp true --rank 1"
+    assert arguments_to_repeat(argv.split()) == ["--data", "my/clips", "--grad_accum_steps", "4", "-f", "a", "b", "c"]
+    assert arguments_to_repeat([]) == []
 
 
 def test_formats():

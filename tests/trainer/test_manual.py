@@ -334,5 +334,33 @@ def test_a_continued_run_ends_bitwise_where_an_undisturbed_one_does():
     assert_same_weights(weights_of(whole.model), weights_of(second.model))
 
 
+class Scheduling(Manual):
+    """Steps its scheduler after each update."""
+
+    def optimize(self, batch, trainer):
+        found = super().optimize(batch, trainer)
+        trainer.scheduler[0].step()
+        return found
+
+
+def test_a_scheduler_of_optimize_is_left_to_it_when_a_run_goes_on_at_the_end_of_an_epoch():
+    """Where ``optimize`` has not stepped it yet since the start."""
+
+    def end(trainer):
+        if trainer.total_steps_done == 3:
+            raise KeyError
+
+    settings = {"epochs": 2, "lr_scheduler": "ExponentialLR", "lr_scheduler_params": {"gamma": 0.5}, "save_step": 3}
+    whole = build(Scheduling, **settings)
+    whole.fit()
+    first = build(Scheduling, callbacks={"on_eval_epoch_start": end}, **settings)
+    with pytest.raises(KeyError):
+        first.fit()
+    second = build(Scheduling, seed=9, args=TrainerArgs(continue_path=str(first.output_path)), **settings)
+    second.fit()
+    assert second.scheduler[0].last_epoch == whole.scheduler[0].last_epoch == 6
+    assert_same_weights(weights_of(whole.model), weights_of(second.model))
+
+
 def test_config_defaults_are_the_toys():
     assert ToyConfig().grad_clip == 0.0  # the settings above rely on it

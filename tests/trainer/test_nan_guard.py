@@ -245,6 +245,20 @@ class TestSkip:
         second.fit()
         assert second.guard.skipped == 1
 
+    def test_so_many_in_a_row_are_counted_over_a_stop(self):
+        class Lasting(BadLoss):
+            lasting = True
+
+        def build_one(**changes):
+            return build(Lasting, nan_policy="skip", nan_skip_limit=3, **changes)
+
+        first = build_one(max_steps=4)
+        first.fit()
+        second = build_one(args=TrainerArgs(continue_path=str(first.output_path)))
+        second.model.seen = [[]] * 4
+        message, _ = stopped(second)
+        assert message.startswith("step 5: loss is nan (bad update number 3 in a row)")
+
 
 class TestScaling:
     def test_overflows_are_counted_and_logged_and_are_no_nan(self, caplog):
@@ -272,6 +286,12 @@ class TestScaling:
 
         message, _ = stopped(build(Always, mixed_precision=True, precision="fp16", epochs=100))
         assert message.startswith("step 51: gradient norm is nan, first in the gradient of layer.bias")
+
+        first = build(Always, mixed_precision=True, precision="fp16", epochs=100, max_steps=20)
+        first.fit()
+        args = TrainerArgs(continue_path=str(first.output_path))
+        message, _ = stopped(build(Always, args=args, mixed_precision=True, precision="fp16", epochs=100))
+        assert message.startswith("step 51: ")
 
 
 class TestDeferred:

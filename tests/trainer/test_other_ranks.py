@@ -18,7 +18,7 @@ from tests.trainer.toys import build
 from tests.trainer.two_ranks import on_two_ranks
 from trainer import TrainerArgs
 from trainer.batches import Batches
-from trainer.checkpoint import load_checkpoint
+from trainer.checkpoint import load_checkpoint, save_checkpoint
 
 SEED = 5
 
@@ -33,6 +33,7 @@ class Rank(Batches):
         self.train_loader = loader
         self.epochs_done, self.batches_done, self.restored_position = epoch, batches_done, position
         self.told = []
+        self._signals = SimpleNamespace(heard=lambda: False, received=None)
         self.c_logger = SimpleNamespace(print=self.told.append, warn=self.told.append)
 
     def run(self, batches=None):
@@ -277,7 +278,7 @@ class TestRuns:
         for path in older.glob("*.pth"):
             state = load_checkpoint(path)
             del state["position"]
-            torch.save(state, path)
+            save_checkpoint(state, path)
         found = train(tmp_path, continued=older)
         for name, weight in runs["whole"]["weights"].items():
             assert torch.equal(found["weights"][name], weight)

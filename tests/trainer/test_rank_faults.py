@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-import trainer.checkpoint as checkpoints
 from tests.trainer.test_several_ranks import Normed
 from tests.trainer.toys import Toy, ToyConfig, ToyGan, build, collate, make_samples
 from tests.trainer.two_ranks import on_two_ranks
+from trainer import checkpoint_file
 from trainer.data.loader import build_loader
 
 
@@ -145,8 +145,8 @@ def work(number: int, folder: Path) -> dict:
     with pytest.raises(ValueError, match=r"the ranks have \[2, 3\] batches") as error:
         train(Toy, folder, 2, train=8 + 4 * number)
     found["lengths"] = str(error.value)
-    write = checkpoints.write_file
-    checkpoints.write_file = lambda *args: (time.sleep(0.3), write(*args))
+    write = checkpoint_file.write_file
+    checkpoint_file.write_file = lambda *args: (time.sleep(0.3), write(*args))
     found["files"] = sorted(path.name for path in train(Toy, folder, 2).output_path.glob("*.pth"))
     return found
 

@@ -12,8 +12,9 @@ from torch.utils.data import DataLoader
 
 from tests.trainer.toys import Toy, ToyConfig, ToyGan, assert_same_weights, build, collate, make_samples, weights_of
 from trainer import TrainerArgs, TrainerModel
-from trainer.checkpoint import continue_newest, load_checkpoint, save_best, save_step, state_of
+from trainer.checkpoint import check_finite, continue_newest, load_checkpoint, save_checkpoint, state_of
 from trainer.restore import best_loss_of, fit_weights, plain_name, under_own_names
+from trainer.saving import Saver
 
 
 @pytest.fixture(autouse=True)
@@ -345,6 +346,7 @@ class TestContinue:
         trainer = build()
         trainer.open_run()
         trainer.ranks.rank, trainer.ranks.world_size, before = 1, 2, torch.get_rng_state()
+        trainer.ranks.broadcast = lambda value: value
         continue_newest(trainer, first.output_path)
         assert torch.equal(torch.get_rng_state(), before)
         assert "the checkpoint holds no random states of rank 1" in caplog.text
@@ -358,7 +360,7 @@ class TestContinue:
         torch.manual_seed(1234)
         own = torch.get_rng_state()
         state["rng"]["1"] = {**state["rng"]["0"], "torch": own}
-        torch.save(state, path)
+        save_checkpoint(state, path)
         for rank, expected in (("0", state["rng"]["0"]["torch"]), ("1", own)):
             trainer = build(args=TrainerArgs(continue_path=str(first.output_path)))
             trainer.ranks.rank = int(rank)
@@ -382,7 +384,7 @@ class TestOptionalParts:
     def test_round_trip(self):
         first = self.first(**self.on)
         first.guard.skipped = 3
-        save_step(first)
+        first.saver.save_now()
         trainer = self.second(first, **self.on)
         trainer.open_run()
         assert trainer.early_stopping.state_dict() == first.early_stopping.state_dict()
@@ -411,7 +413,7 @@ class TestOptionalParts:
         path = first.output_path / "checkpoint_6.pth"
         state = load_checkpoint(path)
         del state["ema"]["weights"]["layer.bias"]
-        torch.save(state, path)
+        save_checkpoint(state, path)
         trainer = self.second(first, **self.on)
         before = weights_of(trainer.model)
         with pytest.raises(ValueError, match=r"averaged weights \(EMA\): missing: layer.bias"):
@@ -444,7 +446,7 @@ class TestBestLoss:
         first = build(epochs=1)
         first.fit()
         first.best_loss = {"train_loss": 0.125, "eval_loss": 0.25}
-        save_step(first)
+        first.saver.save_now()
         assert continuing(first.output_path).best_loss == {"train_loss": 0.125, "eval_loss": 0.25}
 
     def test_a_run_that_was_not_evaluated_before(self):
@@ -482,7 +484,7 @@ class TestBestLoss:
             assert trainer.best_loss == {"train_loss": math.inf, "eval_loss": best}
             assert trainer.total_steps_done == 3
             assert_same_weights(weights_of(trainer.model), weights_of(first.model))
-            torch.save({**state, "model_loss": {}}, path)
+            save_checkpoint({**state, "model_loss": {}}, path)
 
 
 class TestNothingButNumbersIsSaved:
@@ -499,9 +501,12 @@ class TestNothingButNumbersIsSaved:
             trainer.model.layer.weight[0, 1:] = value
         trainer.total_steps_done = 9
         match = r"weight layer.weight: 2 of 3 values are NaN or infinite after update 9; nothing is saved"
-        for save in (save_step, save_best):
+        for save in (trainer.save_checkpoint, trainer.save_best_model):
             with pytest.raises(FloatingPointError, match=match):
-                save(trainer)
+                save()
+        trainer.config.save_async = False
+        with pytest.raises(FloatingPointError, match=match):
+            Saver(trainer).save()
         assert {path.name: path.read_bytes() for path in trainer.output_path.glob("*.pth")} == before
 
     def test_an_averaged_weight(self):
@@ -511,17 +516,35 @@ class TestNothingButNumbersIsSaved:
         averages["weights"] = {**averages["weights"], "layer.bias": torch.tensor([math.nan])}
         trainer.ema.load_state_dict(averages)
         with pytest.raises(FloatingPointError, match=r"averaged weight layer.bias: 1 of 1"):
-            state_of(trainer)
+            check_finite(state_of(trainer), {"layer.bias"})
 
     def test_a_buffer_may_be_infinite_but_not_nan(self):
         """As a mask of attention scores is, or a running mean is not."""
         trainer = self.trainer()
         trainer.model.register_buffer("mask", torch.full((2, 2), -math.inf))
         trainer.model.register_buffer("count", torch.tensor(3))
-        assert state_of(trainer)["model"]["mask"].tolist() == [[-math.inf] * 2] * 2
+        trainer.saver.save_now()
+        assert (
+            load_checkpoint(trainer.output_path / "checkpoint_3.pth")["model"]["mask"].tolist() == [[-math.inf] * 2] * 2
+        )
         trainer.model.mask[0, 0] = math.nan
         with pytest.raises(FloatingPointError, match=r"weight mask: 1 of 4"):
-            state_of(trainer)
+            trainer.saver.save_now()
+
+    def test_weights_whose_sum_is_too_large(self):
+        """As one looks for: a sum overflows where no value is infinite."""
+        check_finite({"model": {"w": torch.full((4,), 3e38)}, "step": 1}, {"w"})
+        with pytest.raises(FloatingPointError, match=r"weight w: 1 of 4"):
+            check_finite({"model": {"w": torch.tensor([3e38, 3e38, math.inf, -1])}, "step": 1}, {"w"})
+
+    def test_weights_of_other_types(self):
+        """Complex ones have two parts; those of 8 bits no sum."""
+        good = {"z": torch.ones(2, dtype=torch.complex64), "f": torch.ones(2).to(torch.float8_e4m3fn)}
+        check_finite({"model": good, "step": 1}, {"z", "f"})
+        bad = {"z": torch.tensor([1, complex(0, math.inf)]), "f": torch.tensor([1, math.nan]).to(torch.float8_e4m3fn)}
+        for name, value in bad.items():
+            with pytest.raises(FloatingPointError, match=rf"weight {name}: 1 of 2"):
+                check_finite({"model": {**good, name: value}, "step": 1}, {"z", "f"})
 
 
 def test_other_ranks_write_nothing():
@@ -530,11 +553,12 @@ def test_other_ranks_write_nothing():
     (trainer.output_path / "best_model.pth").unlink()
     before = sorted(trainer.output_path.iterdir())
     trainer.ranks.is_main, trainer.total_steps_done = False, 9
-    save_best(trainer)
-    assert save_step(trainer).name == "checkpoint_9.pth"
+    trainer.save_best_model()
+    trainer.saver.save_now()
     assert sorted(trainer.output_path.iterdir()) == before
     trainer.ranks.is_main = True
-    assert save_step(trainer) in trainer.output_path.iterdir()
+    trainer.saver.save_now()
+    assert (trainer.output_path / "checkpoint_9.pth").is_file()
 
 
 # ---- files of Coqui's Trainer ----

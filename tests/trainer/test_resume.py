@@ -1,16 +1,21 @@
 """Checkpoints through the Trainer: what they hold, and that a continued run ends where an undisturbed one does."""
 
 import os
+import random
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from torch.utils.data import DataLoader
 
-from tests.trainer.toys import Toy, ToyGan, assert_same_weights, build, weights_of
+from tests.trainer.toys import Toy, ToyGan, assert_same_weights, build, collate, make_samples, weights_of
 from trainer import TrainerArgs
-from trainer.checkpoint import FORMAT_VERSION, load_checkpoint
+from trainer.checkpoint import load_checkpoint
+from trainer.checkpoint_file import FORMAT_VERSION
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -139,6 +144,17 @@ def test_the_newest_checkpoints_are_kept_and_best_model_counts_for_continuing():
         continued(trainer).fit()
 
 
+def test_arguments_that_are_not_the_ones_before_are_told_of(caplog):
+    trainer = build(args=TrainerArgs(grad_accum_steps=2), epochs=1)
+    trainer.fit()
+    continued(trainer, epochs=1).fit()
+    assert "grad_accum_steps=1, before 2: the updates are not those of a run that was never stopped" in caplog.text
+    caplog.clear()
+    args = TrainerArgs(continue_path=str(trainer.output_path), grad_accum_steps=2)
+    build(args=args, epochs=1).fit()
+    assert "never stopped" not in caplog.text
+
+
 def test_without_checkpoints_nothing_is_saved():
     trainer = build(epochs=1, save_checkpoints=False, save_step=1)
     trainer.fit()
@@ -217,7 +233,7 @@ def test_a_damaged_newest_checkpoint_is_told_of_and_the_one_before_it_used(caplo
             file.truncate(size)
     second = continued(first, epochs=3, save_step=2)
     second.fit()
-    assert "checkpoint_5.pth: damaged, or no checkpoint" in caplog.text
+    assert "checkpoint_5.pth: damaged" in caplog.text
     assert "continuing from checkpoint_4.pth instead" in caplog.text
     assert_same_weights(weights_of(second.model), weights_of(whole.model))
 
@@ -229,3 +245,117 @@ def test_when_all_checkpoints_are_damaged_the_newest_is_named():
         path.write_bytes(b"")
     with pytest.raises(ValueError, match=r"checkpoint_3\.pth: damaged"):
         continued(first).fit()
+
+
+def test_another_number_of_threads_is_told(caplog):
+    """Sums are then cut up in another way: the run goes on, but not to the same bits."""
+    first = build(epochs=2, max_steps=2)
+    first.fit()
+    threads = torch.get_num_threads()
+    continued(first, epochs=2, max_steps=3).fit()
+    assert "rounding otherwise" not in caplog.text
+    torch.set_num_threads(threads + 1)
+    try:
+        continued(first, epochs=2).fit()
+    finally:
+        torch.set_num_threads(threads)
+    assert f"rounding otherwise than before: threads: {threads + 1}, before {threads}" in caplog.text
+
+
+class Ending(Toy):
+    """Remembers the weights that it was tested with, and what was told at the end of an epoch."""
+
+    ends = ()
+
+    def test_run(self, trainer):
+        self.ends = (float(self.layer.weight.sum()),)
+
+    def on_epoch_end(self, trainer):
+        self.ends = (*self.ends, trainer.keep_avg_train.means["loss"])
+
+
+@pytest.mark.parametrize(
+    ("by", "point"),
+    [(None, "on_eval_step_end"), (signal.SIGTERM, "on_eval_step_end"), (signal.SIGTERM, "on_eval_epoch_end")],
+    ids=["killed", "SIGTERM", "SIGTERM at its end"],
+)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_steps": 6},
+        {"max_steps": 5},
+        {"early_stopping_patience": 1, "early_stopping_min_delta": 100.0},
+        {"early_stopping_patience": 1, "early_stopping_min_delta": 100.0, "run_eval_steps": 2, "run_eval_epochs": 9},
+    ],
+    ids=["at the end of an epoch", "in an epoch", "stopped early", "stopped early in an epoch"],
+)
+def test_stopped_in_its_last_evaluation_a_run_still_ends_as_it_would_have(settings, by, point):
+    settings = {**settings, "model_class": Ending, "save_step": 1, "dropout": 0.3, "lr": 0.01, "epochs": 4}
+    whole = build(**settings)
+    whole.fit()
+
+    def stop(trainer):
+        if trainer.total_steps_done == whole.total_steps_done:
+            if by is None:
+                raise KeyboardInterrupt
+            os.kill(os.getpid(), by)
+
+    first = build(callbacks={point: stop}, **settings)
+    with pytest.raises(SystemExit if by else KeyboardInterrupt):
+        first.fit()
+    second = continued(first, **settings)
+    second.fit()
+    assert second.total_steps_done == second.last_eval_step == whole.total_steps_done
+    assert (second.best_loss, second.epochs_done) == (whole.best_loss, whole.epochs_done)
+    assert second.model.ends == whole.model.ends
+    assert_same_weights(weights_of(second.model), weights_of(whole.model))
+    best = [load_checkpoint(trainer.output_path / "best_model.pth")["step"] for trainer in (whole, second)]
+    assert best[0] == best[1]
+
+
+@pytest.mark.parametrize("stop", [3, 4], ids=["after an epoch", "in an epoch"])
+def test_callbacks_that_draw_for_an_epoch(stop):
+    """They are called once more when a run goes on, and at its stop."""
+    names = ("on_init_end", "on_epoch_start", "on_train_epoch_start", "on_train_epoch_end", "on_epoch_end")
+    drawn = {}
+
+    def drawing(name):
+        def draw(trainer):
+            numbers = torch.rand(()).item(), random.random(), np.random.rand()
+            assert drawn.setdefault((name, trainer.epochs_done), numbers) == numbers
+
+        return draw
+
+    settings = {"epochs": 3, "dropout": 0.3, "callbacks": {name: drawing(name) for name in names}}
+    whole = build(**settings)
+    whole.fit()
+    assert len({drawn["on_epoch_start", epoch] for epoch in range(3)}) == 3
+    first = build(**settings, max_steps=stop)
+    first.fit()
+    second = continued(first, **settings)
+    second.fit()
+    assert_same_weights(weights_of(second.model), weights_of(whole.model))
+    without = build(epochs=3, dropout=0.3)
+    without.fit()
+    assert_same_weights(weights_of(without.model), weights_of(whole.model))
+
+
+def test_the_batch_of_overfit_batch_stays_the_same_in_a_continued_run():
+    def noisy(samples):
+        batch = collate(samples)
+        return {**batch, "x": batch["x"] + torch.randn(())}
+
+    def loader():
+        return DataLoader(make_samples(8), batch_size=4, shuffle=True, collate_fn=noisy)
+
+    def train(steps=None, run=""):
+        args = TrainerArgs(overfit_batch=True, continue_path=run)
+        trainer = build(args=args, max_steps=steps, train_loader=loader(), epochs=3, dropout=0.3)
+        trainer.fit()
+        return trainer
+
+    whole, first = train(), train(steps=3)
+    second = train(run=str(first.output_path))
+    assert whole.model.seen == 6 * whole.model.seen[:1]
+    assert second.model.seen == whole.model.seen[3:]
+    assert_same_weights(weights_of(second.model), weights_of(whole.model))

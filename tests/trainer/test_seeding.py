@@ -126,6 +126,7 @@ def _keep_backend_flags():
     ]
     before = [(owner, name, getattr(owner, name)) for owner, name in owners]
     yield
+    torch.use_deterministic_algorithms(False)
     for owner, name, value in before:
         setattr(owner, name, value)
 
@@ -137,7 +138,7 @@ def test_backend_flags_are_what_the_config_says():
     for value in (True, False):
         names = ("cudnn_enable", "cudnn_deterministic", "cudnn_benchmark", "allow_tf32")
         for name in names:
-            set_backend_flags(TrainerConfig(**{n: (n == name) == value for n in names}))
+            set_backend_flags(TrainerConfig(**{n: (n == name) == value for n in names}), torch.device("cuda"))
             found = (backends.cudnn.enabled, backends.cudnn.deterministic, backends.cudnn.benchmark)
             assert found == tuple((n == name) == value for n in names[:3])
             tf32 = (name == "allow_tf32") == value

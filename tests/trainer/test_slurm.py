@@ -1,9 +1,15 @@
 """Ranks that srun has started: whether they are found, and who they are."""
 
 import os
+import signal
+import subprocess
+import sys
 
 import pytest
+import torch
 
+from tests.trainer.launching import ROOT, finish, wait_for
+from tests.trainer.toys import build
 from trainer import TrainerArgs, TrainerConfig
 from trainer.distributed import Ranks
 from trainer.slurm import first_host, ranks_of_step
@@ -100,3 +106,62 @@ def test_the_trainer_finds_them(monkeypatch):
     ranks = Ranks.from_environment(TrainerConfig(), args)
     assert (ranks.rank, ranks.world_size, ranks.local_rank, args.use_ddp) == (5, 8, 1, True)
     assert {name: os.environ[name] for name in RANK_5} == RANK_5
+
+
+# srun passes on what it hears; a script that is started by it cannot be told from one that is not
+COMMANDS = {
+    "srun": """
+import signal, subprocess, sys
+command = sys.argv[1:]
+while command[0].startswith("--"):
+    command.pop(0)
+task = subprocess.Popen(command)
+signal.signal(signal.SIGUSR1, lambda number, frame: task.send_signal(number))
+sys.exit(task.wait())
+""",
+    "scontrol": "import sys; open('scontrol', 'a').write(' '.join(sys.argv[1:]) + '\\n')\n",
+}
+TRAIN = """
+import os, sys, time
+import torch
+from tests.trainer.toys import build
+def wait_at_step_4(trainer):
+    if trainer.total_steps_done == 4 and not os.path.exists("at_step_4"):
+        open("at_step_4", "w").close()
+        while not trainer._signals.heard():
+            time.sleep(0.02)
+trainer = build(epochs=3, callbacks={"on_train_step_end": wait_at_step_4})
+trainer.fit()
+torch.save(trainer.model.state_dict(), "weights.pth")
+"""
+
+
+def test_the_template_puts_its_job_back_and_the_job_goes_on(tmp_path, monkeypatch):
+    (tmp_path / "bin").mkdir()
+    for name, text in COMMANDS.items():
+        (tmp_path / "bin" / name).write_text(f"#!{sys.executable}\n{text}")
+        (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / "script.py").write_text(TRAIN)
+    added = {"SLURM_JOB_ID": "77", "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **added, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+
+    def submit():
+        command = ["bash", str(ROOT / "docs/train.sbatch"), "script.py"]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(command, cwd=tmp_path, env=environment, start_new_session=True, **pipes)
+
+    job = submit()
+    wait_for(tmp_path / "at_step_4")
+    job.send_signal(signal.SIGUSR1)  # to the script alone
+    code, output, errors = finish(job)
+    assert (code, errors) == (138, "")
+    assert "stopped by SIGUSR1" in output
+    assert (tmp_path / "scontrol").read_text() == "requeue 77\n"
+    code, output, errors = finish(submit())
+    assert (code, errors) == (0, "")
+    assert (tmp_path / "scontrol").read_text() == "requeue 77\n"
+    [run] = (tmp_path / "output").iterdir()
+    assert sorted(path.name for path in run.glob("checkpoint_*")) == ["checkpoint_4.pth", "checkpoint_9.pth"]
+    monkeypatch.chdir(tmp_path)
+    (whole := build(epochs=3)).fit()
+    assert torch.equal(torch.load("weights.pth")["layer.weight"], whole.model.layer.weight)

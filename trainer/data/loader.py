@@ -4,16 +4,17 @@ What the order and the random choices made for a sample depend on is said in tra
 """
 
 import copy
-import itertools
-import signal
+import functools
+import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset
 
+from trainer.data.iterable import Stream
 from trainer.data.samplers import ORDER, BucketBatchSampler, Cut, RankedBatchSampler, kept_rng
 from trainer.data.script_samplers import (
     DistributedSamplerWrapper,
@@ -22,9 +23,10 @@ from trainer.data.script_samplers import (
     generators_of,
     samplers_of,
     seed_loader,
-    tell_epoch,
 )
+from trainer.signals import start_worker, starting_workers, stop_waiting
 
+__all__ = ["BucketBatchSampler", "DistributedSamplerWrapper", "build_loader", "rest_of_epoch", "shard", "stream_of"]
 Gather = Callable[[Any], list[Any]]
 _END = object()
 
@@ -40,9 +42,30 @@ class Repeated:
     batch: Any
 
 
-def _start_worker(worker: int) -> None:
-    """Ctrl-C reaches the whole process group; the main process decides, and stops the workers when it leaves."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _is_guarded(loader: Any) -> bool:
+    """Whether the loader has workers that do not hear the signals which end a training."""
+    init = getattr(loader, "worker_init_fn", None)
+    return getattr(loader, "num_workers", 0) > 0 and start_worker in (init, getattr(init, "func", None))
+
+
+def _guarded(loader: DataLoader) -> DataLoader:
+    """The loader, or a copy whose workers do not hear the signals which end a training."""
+    if loader.num_workers == 0 or _is_guarded(loader):
+        return loader
+    return _changed(loader, worker_init_fn=functools.partial(start_worker, then=loader.worker_init_fn))
+
+
+def _iterator_of(loader: Any, heard: Callable[[], bool] | None = None) -> Iterator:
+    """``iter(loader)``, whose new workers hear no signal from their first moment on; see rest_of_epoch."""
+    method = None
+    if _is_guarded(loader):
+        context = loader.multiprocessing_context
+        method = multiprocessing.get_start_method() if context is None else context.get_start_method()
+    with starting_workers(method):
+        batches = iter(loader)
+    if heard is not None:
+        stop_waiting(loader, batches, heard)
+    return batches
 
 
 def build_loader(
@@ -92,7 +115,7 @@ def build_loader(
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=num_workers > 0,
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker,
         generator=torch.Generator().manual_seed(seed),  # or it draws a number from the global one in every epoch
     )
 
@@ -107,7 +130,7 @@ def shard(loader: DataLoader, rank: int, world_size: int, seed: int) -> DataLoad
     number of ranks.
 
     What has no indices to share is left as it is: an IterableDataset, which on several ranks has to say
-    `splits_itself = True`, and a loader with batch_size=None, whose sampler is split.
+    `splits_itself = True`.
 
     Args:
         loader: the same on all ranks.
@@ -134,23 +157,33 @@ def shard(loader: DataLoader, rank: int, world_size: int, seed: int) -> DataLoad
                 "data set with __len__ and __getitem__, or read in it this rank's part alone (RANK and WORLD_SIZE in "
                 "the environment), and set splits_itself = True in its class"
             )
-        return loader
-    is_split = any(isinstance(sampler, DistributedSampler) for sampler in samplers_of(loader))
-    changes: dict[str, Any] = {"_iterator": None}
-    if loader.batch_sampler is not None:
-        if is_split:
-            changes["batch_sampler"] = OwnBatches(loader, seed, rank, world_size)
-        else:
-            changes["batch_sampler"] = DrawnBatches(loader, seed)
-            changes["batch_sampler"].split(rank, world_size)
-    elif is_split or world_size == 1:
-        return loader
-    else:
-        share = DistributedSamplerWrapper(loader.sampler, num_replicas=world_size, rank=rank, seed=seed)
-        changes["sampler"] = share
-    split = copy.copy(loader)
-    vars(split).update(changes)  # not its constructor: torch's versions differ in arguments, and subclasses do
-    return split
+        return loader  # see stream_of
+    if loader.batch_sampler is None:  # its data set gives batches, for which it draws as for samples
+        one_by_one, collate = BatchSampler(loader.sampler, 1, False), functools.partial(_collate_one, loader.collate_fn)
+        loader = _changed(loader, batch_sampler=one_by_one, collate_fn=collate)
+    if any(isinstance(sampler, DistributedSampler) for sampler in samplers_of(loader)):
+        return _guarded(_changed(loader, batch_sampler=OwnBatches(loader, seed, rank, world_size)))
+    batches = DrawnBatches(loader, seed)
+    batches.split(rank, world_size)
+    return _guarded(_changed(loader, batch_sampler=batches))
+
+
+def _changed(loader: DataLoader, **changes: Any) -> DataLoader:
+    """A copy; not through its constructor: torch's versions differ in arguments, and subclasses do."""
+    changed = copy.copy(loader)
+    vars(changed).update(_iterator=None, **changes)
+    return changed
+
+
+def _collate_one(collate_fn: Callable, items: list) -> Any:
+    return collate_fn(items[0])
+
+
+def stream_of(loader: Any, seed: int, rank: int = 0, window: int = 1) -> Stream | None:
+    """What reads a loader that cannot be set to a place; None for one with indices, of build_loader or shard."""
+    if isinstance(getattr(loader, "batch_sampler", None), RankedBatchSampler):
+        return None
+    return Stream(loader, seed, rank, window, _guarded)
 
 
 def rest_of_epoch(
@@ -160,11 +193,13 @@ def rest_of_epoch(
     seed: int = 0,
     cut: Cut | None = None,
     gather: Gather | None = None,
+    stream: Stream | None = None,
+    heard: Callable[[], bool] | None = None,
 ) -> Iterator:
     """The batches of an epoch from `start_batch` on.
 
-    A loader of build_loader or shard is set to that place. Of any other loader the first batches are read and dropped.
-    A rank that has no samples of its own in a step gets Repeated.
+    A loader of build_loader or shard is set to that place. Any other is read by its Stream, which may have to read the
+    first batches again. A rank that has no samples of its own in a step gets Repeated.
 
     Args:
         loader: this rank's (see shard).
@@ -174,15 +209,18 @@ def rest_of_epoch(
         cut: where the epoch was cut anew; None if it was not, or if the loader cannot.
         gather: makes a list of what all ranks hand to it; None with one rank. Only ranks whose loaders were split by
             the script use it: once if lengths are known, otherwise for each batch.
+        stream: of the loader (see stream_of), with what it knows of earlier epochs; None makes one.
+        heard: whether a signal has come: batches of workers are then not waited for.
 
     Raises:
         ValueError: a rank has no batch at all, and others have.
+        Stopped: a signal has come.
     """
     sampler = getattr(loader, "batch_sampler", None)
     if not isinstance(sampler, RankedBatchSampler):
-        tell_epoch(loader, epoch)
-        last, batches = _ordered(loader, seed, epoch, start_batch)
-        return batches if gather is None else _in_step(batches, last, gather)
+        stream = stream or stream_of(loader, seed)
+        batches = stream.read(epoch, start_batch, functools.partial(_iterator_of, heard=heard))
+        return batches if gather is None else _in_step(batches, stream, gather)
     sampler.set_epoch(epoch, start_batch, cut)
     if isinstance(sampler, OwnBatches) and gather is not None:
         lengths = gather(len(sampler))
@@ -190,40 +228,25 @@ def rest_of_epoch(
         sampler.length = max(lengths)
     with kept_rng(*generators_of(loader)):
         seed_loader(loader, seed, _key(epoch, sampler))
-        batches = iter(loader)
+        batches = _iterator_of(loader, heard)
     empty = sampler.without_samples()
     return (Repeated(batch) if i in empty else batch for i, batch in enumerate(batches, start_batch))
 
 
-def _key(epoch: int, sampler: Any) -> tuple[int, ...]:
+def _key(epoch: int, sampler: RankedBatchSampler) -> tuple[int, ...]:
     """What a loader's random numbers depend on; with the same on all ranks, their workers would draw the same."""
-    rank = getattr(sampler, "rank", 0)
-    return (ORDER, epoch, rank) if rank else (ORDER, epoch)
+    return (ORDER, epoch, sampler.rank) if sampler.rank else (ORDER, epoch)
 
 
-def _ordered(loader: DataLoader, seed: int, epoch: int, start: int) -> tuple[Any, Iterator]:
-    """The last of the batches before `start`, and the others, in an order that is drawn from (seed, epoch)."""
-    last = _END
-    with kept_rng():
-        seed_loader(loader, seed, _key(epoch, loader.sampler))
-        batches = iter(loader)
-        for _ in range(start):
-            last = next(batches, last)
-        # samplers draw when they are asked for the first time
-        first = [] if start else list(itertools.islice(batches, 1))
-    return last, itertools.chain(first, batches)
-
-
-def _in_step(own: Iterator, last: Any, gather: Gather) -> Iterator:
+def _in_step(own: Iterator, stream: Stream, gather: Gather) -> Iterator:
     """A rank's batches, and its last one again until all ranks are done, of which nobody knows when that will be."""
     while True:
         batch = next(own, _END)
-        last = last if batch is _END else batch
-        has_batch, has_any = zip(*gather((batch is not _END, last is not _END)))
+        has_batch, has_any = zip(*gather((batch is not _END, stream.newest is not None)))
         if not any(has_batch):
             return
         _check_all_have_batches(has_any)
-        yield Repeated(last) if batch is _END else batch
+        yield Repeated(stream.newest) if batch is _END else batch
 
 
 def _check_all_have_batches(has_batch: Sequence[bool]) -> None:

@@ -2,12 +2,24 @@
 
 import itertools
 import operator
+import random
+import types
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Sampler, Subset, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    Sampler,
+    Subset,
+    TensorDataset,
+    default_collate,
+    default_convert,
+)
 
 from trainer.data.samplers import ORDER, Cut, RankedBatchSampler, SeededBatch, cut_up, kept_rng, seed_rng
 
@@ -29,6 +41,22 @@ def generators_of(loader: DataLoader) -> list[torch.Generator]:
     """The generators that a loader and its samplers have of their own."""
     found = [getattr(owner, "generator", None) for owner in (loader, *samplers_of(loader))]
     return [generator for generator in found if isinstance(generator, torch.Generator)]
+
+
+def kept_generators(source: Any, depth: int = 4) -> list[str]:
+    """Where a data set, or what it is made of, keeps random generators: ``transform.rng`` and the like.
+
+    Args:
+        source: a data set, a transform, any object.
+        depth: of the attributes that are looked into.
+    """
+    found, is_object = [], not isinstance(source, type | types.ModuleType)
+    for name, value in getattr(source, "__dict__", {}).items() if depth and is_object else ():
+        if isinstance(value, random.Random | np.random.Generator | np.random.RandomState | torch.Generator):
+            found.append(name)
+        for part in value[:10] if type(value) in (list, tuple) else (value,):  # data sets or transforms in a row
+            found += [f"{name}.{inner}" for inner in kept_generators(part, depth - 1)]
+    return list(dict.fromkeys(found))
 
 
 def seed_loader(loader: DataLoader, seed: int, key: tuple[int, ...]) -> None:
@@ -57,7 +85,7 @@ class DrawnBatches(RankedBatchSampler):
         else:
             super().__init__(own.batch_size, own.drop_last)
         self.loader, self.seed = loader, seed
-        self._is_seeded = _may_draw(loader.dataset)
+        self._is_seeded = _may_draw(loader)
         self._drawn: tuple[int, list, list | None] | None = None
 
     @property
@@ -67,6 +95,10 @@ class DrawnBatches(RankedBatchSampler):
     def __iter__(self) -> Iterator[list]:
         drawn = self._draw(again=True)  # a callback may have changed the sampler since it was asked for its length
         return iter([self._batch(share, *drawn) for share in self._shares()])
+
+    def is_repeatable(self) -> bool:
+        """Whether the sampler gives an epoch's order again, and not the one after the last that it was asked for."""
+        return repr(self._draw(again=True)) == repr(self._draw(again=True))
 
     def _plan(self, global_size: int) -> list[Sequence]:
         return cut_up(range(self.samples), global_size, self.drop_last)  # places among what was drawn
@@ -139,8 +171,11 @@ class OwnBatches(DrawnBatches):
         return [[place] for place in places[self.start_batch :]]
 
 
-def _may_draw(dataset: Any) -> bool:
-    """Whether reading a sample may draw random numbers; seeding for it costs more than reading from a list does."""
+def _may_draw(loader: DataLoader) -> bool:
+    """Whether reading a batch may draw random numbers; seeding for it costs more than reading from a list does."""
+    if loader.num_workers and loader.collate_fn not in (default_collate, default_convert):
+        return True  # where the training's generators are not at hand
+    dataset = loader.dataset
     while type(dataset) is Subset:
         dataset = dataset.dataset
     return type(dataset) not in (list, tuple, range, TensorDataset)

@@ -11,11 +11,20 @@ if TYPE_CHECKING:
     from trainer.config import TrainerConfig
 
 
+def config_text(config: "TrainerConfig") -> str:
+    """A config as a dashboard shows it (markdown)."""
+    return f"```json\n{config.to_json()}\n```"
+
+
 class DashboardLogger:
     """Writes what a training shows. This one writes nothing; a dashboard overrides the ``add_`` methods.
 
     Scalars, figures and audio are grouped by where they come from: ``TrainIterStats/loss``, ``EvalAudios/sample``.
     Audio is a float array [S] in [-1, 1].
+
+    A run that goes on from a checkpoint logs again, bit for bit, what was logged after it. ``position`` and ``rewind``
+    keep that from being there twice; a dashboard where a step that is written again takes the place of the first one
+    needs neither.
     """
 
     def add_scalar(self, title: str, value: float, step: int) -> None:
@@ -44,9 +53,25 @@ class DashboardLogger:
     def finish(self) -> None:
         """Flush and close."""
 
+    def position(self) -> Any:
+        """What a checkpoint keeps of this dashboard, as plain values: how far it was written, after a flush.
+
+        It is called at every save, on rank 0, while the training waits. None: there is nothing to keep.
+        """
+
+    def rewind(self, position: Any, step: int) -> None:
+        """Drop what was logged after a checkpoint, from which this start of the run goes on.
+
+        Called at most once, when this start has logged nothing, or only what ``on_init_start`` does, which stays.
+
+        Args:
+            position: what ``position()`` returned for the checkpoint; None if it did, or if another dashboard was used.
+            step: updates that the checkpoint holds. What was logged at this very step is in part older than it.
+        """
+
     def add_config(self, config: "TrainerConfig") -> None:
-        """Write the config, and what the run is for."""
-        self.add_text("config", f"```json\n{config.to_json()}\n```", 0)
+        """Write the config, and what the run is for; called by a run's first start."""
+        self.add_text("config", config_text(config), 0)
         if config.run_description:
             self.add_text("run_description", config.run_description, 0)
 

@@ -1,12 +1,15 @@
 """The console: a line for every print_step, a live progress bar where there is a terminal, and the run's log file."""
 
+import contextlib
 import datetime
 import logging
+import math
 import os
+import re
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,8 +18,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import nn
 
 from trainer.config import TrainerConfig
+from trainer.provenance import as_a_shell_calls
 
 logger = logging.getLogger("trainer")
+# arguments that choose how a run starts, or that the launcher sets; each takes one value
+_OF_ONE_START = ("continue_path", "restore_path", "best_path", "use_ddp", "rank", "group_id")
 # one console for lines and bar: rich then prints lines above the bar
 console = Console(soft_wrap=True)
 
@@ -35,6 +41,20 @@ class _FileFormatter(logging.Formatter):
         return super().formatMessage(record)
 
 
+class _LogFile(logging.FileHandler):
+    """Tells once that lines cannot be written, since the disk is full say; python prints a traceback for each."""
+
+    _has_failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._has_failed:
+            self._has_failed = True
+            logger.warning(f"{self.baseFilename}: could not be written ({error.strerror or error}); lines may be lost")
+
+
 def set_up_logging() -> None:
     """Show the ``trainer`` logger's messages on the console, unless the program has set up logging by itself."""
     if logger.level == logging.NOTSET:
@@ -49,8 +69,12 @@ def format_values(values: Mapping[str, float]) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """``0:12:31``, or ``3 days, 4:05:00``."""
-    return str(datetime.timedelta(seconds=round(seconds)))
+    """``0:12:31``, or ``3 days, 4:05:00``; ``unknown`` for infinity."""
+    return "unknown" if seconds == math.inf else str(datetime.timedelta(seconds=round(seconds)))
+
+
+def _now() -> str:
+    return f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}"
 
 
 class ConsoleLogger:
@@ -58,7 +82,9 @@ class ConsoleLogger:
 
     def __init__(self) -> None:
         set_up_logging()
-        self._file: logging.Handler | None = None
+        self._file: _LogFile | None = None
+        self._size: int | None = None  # of a file that was closed
+        self._earlier = 0  # bytes that earlier starts of the run have written into the file
         self._progress: Progress | None = None
         self._on_console = True
 
@@ -68,7 +94,8 @@ class ConsoleLogger:
         if not on_console:
             for handler in [h for h in logger.handlers if isinstance(h, _ConsoleHandler)]:
                 logger.removeHandler(handler)
-        self._file = logging.FileHandler(log_file, encoding="utf8")
+        self._earlier = log_file.stat().st_size if log_file.is_file() else 0
+        self._file = _LogFile(log_file, encoding="utf8")
         self._file.setFormatter(_FileFormatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         logger.addHandler(self._file)
 
@@ -77,8 +104,54 @@ class ConsoleLogger:
         self.end_epoch()
         if self._file is not None:
             logger.removeHandler(self._file)
-            self._file.close()
+            self._size = self.position()
+            with contextlib.suppress(OSError):  # which has been told of
+                self._file.close()
             self._file = None
+
+    def position(self) -> int | None:
+        """Size [bytes] of the log file, for a checkpoint; None where there was none."""
+        if self._file is None:
+            return self._size
+        with self._file.lock:  # another thread may be writing a line
+            with contextlib.suppress(OSError):  # the disk is full, which has been told of
+                self._file.flush()
+            return os.fstat(self._file.stream.fileno()).st_size
+
+    def rewind(self, position: int | None, step: int) -> bool:
+        """Move what was logged after a checkpoint into ``<log file>_redone.txt``: the run will do, and log, it again.
+
+        What this start has written stays. A kill at any point of it loses no line of the earlier starts.
+
+        Args:
+            position: what ``position()`` returned for the checkpoint; None leaves all as it is.
+            step: updates that the checkpoint holds.
+
+        Returns:
+            Whether there was anything to move.
+        """
+        if self._file is None or position is None:
+            return False
+        if position > self._earlier:
+            self.warn(f"{self._file.baseFilename}: {position - self._earlier} bytes of what was logged before are gone")
+        if position >= self._earlier:
+            return False
+        path = Path(self._file.baseFilename)
+        redone = path.with_name(f"{path.stem}_redone{path.suffix}")
+        with self._file.lock:
+            self._file.flush()
+            with path.open("rb") as file:
+                file.seek(position)
+                logged = file.read()
+            with redone.open("ab") as file:
+                file.write(f"logged after step {step}, which the run went on from {_now()}:\n".encode())
+                file.write(logged[: self._earlier - position])
+            self._file.stream.truncate(position)
+            self._file.stream.buffer.write(logged[self._earlier - position :])
+            self._file.stream.buffer.flush()
+        self._earlier = position
+        self.print(f"what was logged after step {step} is in {redone.name} now")
+        return True
 
     def print(self, text: str) -> None:
         """One line."""
@@ -104,14 +177,20 @@ class ConsoleLogger:
     def print_end(self, folder: Path, can_continue: bool) -> None:
         """Where the results are, and how to go on."""
         self.print(f"run folder: {folder}")
-        self.print(f"look at it:  tensorboard --logdir {shlex.quote(str(folder))}")
+        self.print(f"look at it:  {as_a_shell_calls('tensorboard')} --logdir {shlex.quote(str(folder))}")
         if can_continue:
-            launcher = os.environ.get("TRAINER_LAUNCHER", "python")  # with as many ranks as before
-            self.print(f"continue it: {launcher} {shlex.join([sys.argv[0], '--continue_path', str(folder)])}")
+            launcher = os.environ.get("TRAINER_LAUNCHER", as_a_shell_calls("python"))  # with as many ranks as before
+            command = [sys.argv[0], "--continue_path", str(folder), *arguments_to_repeat(sys.argv[1:])]
+            self.print(f"continue it: {launcher} {shlex.join(command)}")
 
-    def start_epoch(self, epoch: int, epochs: int, updates: int, done: int) -> None:
-        """An epoch of ``updates`` updates begins, ``done`` of which were made before the run was continued."""
-        self.print(f"epoch {epoch + 1}/{epochs}: {updates} updates" + (f", {done} of them done before" if done else ""))
+    def start_epoch(self, epoch: int, epochs: int, updates: float, done: int) -> None:
+        """An epoch of ``updates`` updates begins, ``done`` of which were made before the run was continued.
+
+        Infinity for ``updates``: nobody knows how many there will be.
+        """
+        total = None if updates == math.inf else updates
+        count = "until its data ends" if total is None else f"{updates} updates"
+        self.print(f"epoch {epoch + 1}/{epochs}: {count}" + (f", {done} of them done before" if done else ""))
         if console.is_terminal and self._on_console:
             columns = (
                 TextColumn("epoch {task.description}"),
@@ -120,7 +199,7 @@ class ConsoleLogger:
                 TextColumn("{task.fields[state]}"),
             )
             self._progress = Progress(*columns, console=console, transient=True)
-            self._task = self._progress.add_task(f"{epoch + 1}/{epochs}", total=updates, completed=done, state="")
+            self._task = self._progress.add_task(f"{epoch + 1}/{epochs}", total=total, completed=done, state="")
             self._progress.start()
 
     def end_epoch(self) -> None:
@@ -153,6 +232,29 @@ class ConsoleLogger:
         """A line with the losses of an evaluation, or of one of its batches."""
         took = "" if seconds is None else f"  ({seconds:.1f} s)"
         self.print(f"eval at {where}: {format_values(values)}{took}")
+
+
+def arguments_to_repeat(argv: Sequence[str]) -> list[str]:
+    """Those of a script's arguments that a run's config.json does not hold, and that continuing it needs.
+
+    The script's own ones are among them, and ``--grad_accum_steps``.
+
+    Args:
+        argv: without the script.
+    """
+    kept: list[str] = []
+    skip, values = False, 0.0  # how many values of a flag that is left out may follow
+    for argument in argv:
+        if re.match("--?[A-Za-z]", argument):
+            name, has_value, _ = argument.lstrip("-").partition("=")
+            is_field = name.startswith("coqpit.")
+            skip = is_field or name in _OF_ONE_START
+            values = 0 if has_value else math.inf if is_field else 1
+        elif skip:
+            skip, values = values > 0, values - 1
+        if not skip:
+            kept.append(argument)
+    return kept
 
 
 class StepClock:
@@ -190,6 +292,6 @@ class StepClock:
         self.restart()
         return times
 
-    def time_left(self, updates: int) -> float:
+    def time_left(self, updates: float) -> float:
         """Seconds that so many updates will take, going by all that were read."""
         return updates * self._seconds / max(1.0, self._updates)
