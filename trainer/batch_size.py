@@ -182,6 +182,7 @@ class _Trials:
         batches = _heaviest_batches(loader, size, trainer.epochs_done)
         for _ in range(_UPDATES):
             trainer.train_step(list(itertools.islice(batches, min(trainer.args.grad_accum_steps, len(loader)))))
+            trainer.callbacks("on_train_step_end", trainer)
 
     def _undo(self) -> None:
         self._state.restore()

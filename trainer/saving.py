@@ -87,6 +87,8 @@ class Saver:
 
     def forget_lost_best(self) -> None:
         """Put the best losses back to those of best_model.pth, if a better one could not be written."""
+        if self._best_before is not None:  # that is not known yet
+            self.wait()
         lost, self._best_lost = self._trainer.ranks.broadcast(self._best_lost), None
         if lost is not None:
             self._trainer.best_loss = lost
