@@ -102,9 +102,12 @@ class Watch:
             self._strike()
         if self._is_full and event == "write":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+        # a kill may come between an event and its note: what is noted as saved is there, what is gone is noted
+        if event == "unlink" and name.endswith(".pth"):
+            self.note("deleted", name)
         result = act()
-        if event in ("replace", "unlink") and name.endswith(".pth"):
-            self.note("saved" if event == "replace" else "deleted", name)
+        if event == "replace" and name.endswith(".pth"):
+            self.note("saved", name)
         if is_hit:
             self._strike()
         return result
