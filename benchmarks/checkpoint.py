@@ -75,6 +75,7 @@ def save_plainly(trainer: Trainer) -> float:
 def save_and_train(trainer: Trainer, update: Callable[[], None]) -> tuple[float, list[float]]:
     """Seconds of the stall, and of each update until the file is there."""
     path = trainer.output_path / f"checkpoint_{trainer.total_steps_done}.pth"
+    path.unlink(missing_ok=True)  # of the same step, from save_and_wait
     os.sync()
     stall, updates = seconds(trainer.saver.save), []
     while not path.exists():
