@@ -67,6 +67,15 @@ class Samples(list):
             time.sleep(600)
         return super().__getitem__(index)
 
+class InStep(Toy):
+    '''Waits in its second update, and says so.'''
+    def train_step(self, batch, criterion):
+        if self.training and len(self.seen) == 1:
+            note_workers()
+            open("in_step", "w").close()
+            wait_until("go_on")
+        return super().train_step(batch, criterion)
+
 exec(case["script"])
 """
 
@@ -129,13 +138,6 @@ def begin(forks, tmp_path):
 
 
 IN_A_STEP = """
-class InStep(Toy):
-    def train_step(self, batch, criterion):
-        if self.training and len(self.seen) == 1:
-            note_workers()
-            open("in_step", "w").close()
-            wait_until("go_on")
-        return super().train_step(batch, criterion)
 LOADER
 build(InStep, train_loader=loader, run_eval=False, epochs=5).fit()
 """
@@ -217,15 +219,8 @@ def stuck(file):
         time.sleep(600)
     fsync(file)
 os.fsync = stuck
-class Noting(Toy):
-    def train_step(self, batch, criterion):
-        if self.training and len(self.seen) == 1:
-            note_workers()
-            open("in_step", "w").close()
-            wait_until("go_on")
-        return super().train_step(batch, criterion)
 loader = DataLoader(Samples(make_samples(40), slow=8), 2, collate_fn=collate, num_workers=2, prefetch_factor=2)
-trainer = build(Noting, train_loader=loader, run_eval=False, epochs=5, save_step=1, save_n_checkpoints=9)
+trainer = build(InStep, train_loader=loader, run_eval=False, epochs=5, save_step=1, save_n_checkpoints=9)
 trainer.fit()
 """
 
